@@ -21,7 +21,11 @@ pub fn l2_normalize(x: &mut [f32], rank: usize) {
 pub fn sigmoid(x: f32) -> f32 {
     // exp of a number that is never positive cannot overflow.
     let small = (-x.abs()).exp();
-    if x >= 0.0 { 1.0 / (1.0 + small) } else { small / (1.0 + small) }
+    if x >= 0.0 {
+        1.0 / (1.0 + small)
+    } else {
+        small / (1.0 + small)
+    }
 }
 
 /// The three gates of one row or head.
@@ -42,9 +46,21 @@ impl Gate {
         let beta = sigmoid(beta_logit);
         let lambda = lambda_logit.map_or_else(|| sigmoid(-beta_logit), sigmoid);
         match mode {
-            UpdateMode::Standard => Self { keep: lambda, erase: beta, write: beta },
-            UpdateMode::LambdaOutside => Self { keep: lambda, erase: lambda * beta, write: beta },
-            UpdateMode::NoLambda => Self { keep: 1.0, erase: beta, write: beta },
+            UpdateMode::Standard => Self {
+                keep: lambda,
+                erase: beta,
+                write: beta,
+            },
+            UpdateMode::LambdaOutside => Self {
+                keep: lambda,
+                erase: lambda * beta,
+                write: beta,
+            },
+            UpdateMode::NoLambda => Self {
+                keep: 1.0,
+                erase: beta,
+                write: beta,
+            },
         }
     }
 }

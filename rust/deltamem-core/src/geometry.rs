@@ -23,7 +23,9 @@ pub struct Geometry {
 #[non_exhaustive]
 pub enum GeometryError {
     /// A size is zero or over its limit.
-    #[error("memory geometry: {name} is {found}, expected 1 to {max}; the file is damaged or not a δ-mem memory")]
+    #[error(
+        "memory geometry: {name} is {found}, expected 1 to {max}; the file is damaged or not a δ-mem memory"
+    )]
     OutOfRange {
         /// Which size: `layers`, `heads` or `rank`.
         name: &'static str,
@@ -53,12 +55,18 @@ impl Geometry {
     /// # Errors
     /// [`GeometryError`] names the size that is out of range.
     pub fn new(layers: usize, heads: usize, rank: usize) -> Result<Self, GeometryError> {
-        for (name, found, max) in [("layers", layers, MAX_LAYERS), ("heads", heads, MAX_HEADS), ("rank", rank, MAX_RANK)] {
+        for (name, found, max) in [
+            ("layers", layers, MAX_LAYERS),
+            ("heads", heads, MAX_HEADS),
+            ("rank", rank, MAX_RANK),
+        ] {
             if found == 0 || found > max {
                 return Err(GeometryError::OutOfRange { name, found, max });
             }
         }
-        let bytes = [layers, heads, rank, rank].into_iter().try_fold(size_of::<f32>(), usize::checked_mul);
+        let bytes = [layers, heads, rank, rank]
+            .into_iter()
+            .try_fold(size_of::<f32>(), usize::checked_mul);
         match bytes {
             Some(bytes) if bytes <= MAX_BYTES => Ok(Self { layers, heads, rank }),
             _ => Err(GeometryError::TooLarge { layers, heads, rank }),
@@ -103,7 +111,11 @@ impl Geometry {
 
 impl std::fmt::Display for Geometry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} layers x {} heads x {} x {}", self.layers, self.heads, self.rank, self.rank)
+        write!(
+            f,
+            "{} layers x {} heads x {} x {}",
+            self.layers, self.heads, self.rank, self.rank
+        )
     }
 }
 
@@ -134,14 +146,20 @@ mod tests {
             (1, 1, 129, "rank"),
         ] {
             let error = Geometry::new(layers, heads, rank).unwrap_err();
-            assert!(matches!(error, GeometryError::OutOfRange { name, .. } if name == wrong), "{error}");
+            assert!(
+                matches!(error, GeometryError::OutOfRange { name, .. } if name == wrong),
+                "{error}"
+            );
             assert!(error.to_string().contains(wrong));
         }
     }
 
     #[test]
     fn a_memory_over_a_gibibyte_is_refused() {
-        assert!(matches!(Geometry::new(1024, 256, 128), Err(GeometryError::TooLarge { .. })));
+        assert!(matches!(
+            Geometry::new(1024, 256, 128),
+            Err(GeometryError::TooLarge { .. })
+        ));
         assert_eq!(Geometry::new(1024, 16, 128).unwrap().bytes(), MAX_BYTES);
     }
 }

@@ -102,16 +102,32 @@ impl Linear {
     ///
     /// # Errors
     /// [`NetworkError::Length`] when the numbers do not fill that shape.
-    pub fn new(weight: Vec<f32>, bias: Option<Vec<f32>>, rows: usize, columns: usize) -> Result<Self, NetworkError> {
+    pub fn new(
+        weight: Vec<f32>,
+        bias: Option<Vec<f32>>,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Self, NetworkError> {
         let expected = rows.saturating_mul(columns);
         if weight.len() != expected {
-            return Err(NetworkError::Length { name: "weight", found: weight.len(), expected });
+            return Err(NetworkError::Length {
+                name: "weight",
+                found: weight.len(),
+                expected,
+            });
         }
         match &bias {
-            Some(bias) if bias.len() != rows => {
-                Err(NetworkError::Length { name: "bias", found: bias.len(), expected: rows })
-            }
-            _ => Ok(Self { weight, bias, rows, columns }),
+            Some(bias) if bias.len() != rows => Err(NetworkError::Length {
+                name: "bias",
+                found: bias.len(),
+                expected: rows,
+            }),
+            _ => Ok(Self {
+                weight,
+                bias,
+                rows,
+                columns,
+            }),
         }
     }
 
@@ -133,7 +149,15 @@ impl Linear {
     }
 
     fn expect(&self, name: &'static str, expected: (usize, usize)) -> Result<(), NetworkError> {
-        if self.shape() == expected { Ok(()) } else { Err(NetworkError::Shape { name, found: self.shape(), expected }) }
+        if self.shape() == expected {
+            Ok(())
+        } else {
+            Err(NetworkError::Shape {
+                name,
+                found: self.shape(),
+                expected,
+            })
+        }
     }
 }
 
@@ -143,7 +167,12 @@ impl EditGate {
     ///
     /// # Errors
     /// [`NetworkError`] when weights, inputs and state do not fit each other; the state is untouched then.
-    pub fn forward(&self, hidden: &[f32], state: &mut [f32], mask: &[bool]) -> Result<Corrections, NetworkError> {
+    pub fn forward(
+        &self,
+        hidden: &[f32],
+        state: &mut [f32],
+        mask: &[bool],
+    ) -> Result<Corrections, NetworkError> {
         self.check(hidden.len(), mask.len())?;
         let mut q = self.query.apply(hidden);
         let mut k = self.key.apply(hidden);
@@ -167,13 +196,26 @@ impl EditGate {
         }
 
         let mut reads = vec![0.0; q.len()];
-        let tokens = Tokens { q: &q, k: &k, v: &v, keep: &keep, erase: &erase, write: &write, mask };
+        let tokens = Tokens {
+            q: &q,
+            k: &k,
+            v: &v,
+            keep: &keep,
+            erase: &erase,
+            write: &write,
+            mask,
+        };
         rule::scan(self.heads, self.rank, self.gates, &tokens, state, &mut reads)?;
 
         let correction = |delta: &Option<Delta>| {
             delta.as_ref().map(|delta| {
                 let factor = self.alpha / self.rank as f32 * delta.scale;
-                delta.weight.apply(&reads).into_iter().map(|x| factor * x).collect()
+                delta
+                    .weight
+                    .apply(&reads)
+                    .into_iter()
+                    .map(|x| factor * x)
+                    .collect()
             })
         };
         Ok(PerProjection {
@@ -196,14 +238,25 @@ impl EditGate {
             lambda.expect("W_lambda", (gates, width))?;
         }
         let delta = &self.delta;
-        for (name, delta) in
-            [("W_delta of q", &delta.q), ("W_delta of k", &delta.k), ("W_delta of v", &delta.v), ("W_delta of o", &delta.o)]
-        {
+        for (name, delta) in [
+            ("W_delta of q", &delta.q),
+            ("W_delta of k", &delta.k),
+            ("W_delta of v", &delta.v),
+            ("W_delta of o", &delta.o),
+        ] {
             if let Some(delta) = delta {
                 delta.weight.expect(name, (delta.weight.rows, reads))?;
             }
         }
         let expected = tokens.saturating_mul(width);
-        if hidden == expected { Ok(()) } else { Err(NetworkError::Length { name: "hidden", found: hidden, expected }) }
+        if hidden == expected {
+            Ok(())
+        } else {
+            Err(NetworkError::Length {
+                name: "hidden",
+                found: hidden,
+                expected,
+            })
+        }
     }
 }

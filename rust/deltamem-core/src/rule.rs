@@ -106,7 +106,9 @@ pub enum RuleError {
         rank: usize,
     },
     /// An array has the wrong length.
-    #[error("the rule's {name} holds {found} numbers, expected {expected} for {tokens} tokens, {heads} heads of rank {rank}")]
+    #[error(
+        "the rule's {name} holds {found} numbers, expected {expected} for {tokens} tokens, {heads} heads of rank {rank}"
+    )]
     Length {
         /// The array's name.
         name: &'static str,
@@ -176,7 +178,14 @@ fn check_lengths(
         ("reads", reads, vectors),
     ] {
         if found != expected {
-            return Err(RuleError::Length { name, found, expected, tokens: count, heads, rank });
+            return Err(RuleError::Length {
+                name,
+                found,
+                expected,
+                tokens: count,
+                heads,
+                rank,
+            });
         }
     }
     Ok(())
@@ -184,12 +193,21 @@ fn check_lengths(
 
 /// A product that stays at the largest number, which no slice has as its length, when it would overflow.
 fn product(sizes: &[usize]) -> usize {
-    sizes.iter().fold(1, |product: usize, &size| product.saturating_mul(size))
+    sizes
+        .iter()
+        .fold(1, |product: usize, &size| product.saturating_mul(size))
 }
 
 #[inline(always)]
 #[allow(clippy::inline_always)] // so that each arm of `scan` gets its own copy with a constant rank
-fn scan_rows(heads: usize, rank: usize, gates: Gates, tokens: &Tokens<'_>, state: &mut [f32], reads: &mut [f32]) {
+fn scan_rows(
+    heads: usize,
+    rank: usize,
+    gates: Gates,
+    tokens: &Tokens<'_>,
+    state: &mut [f32],
+    reads: &mut [f32],
+) {
     let per_head = gates.per_head(rank);
     let stride = usize::from(gates == Gates::Row);
     for (token, &moves) in tokens.mask.iter().enumerate() {
@@ -226,7 +244,11 @@ const LANES: usize = 8;
 #[allow(clippy::inline_always)] // part of `scan_rows`, whose constant rank must reach this loop
 fn two_dots(row: &[f32], q: &[f32], k: &[f32]) -> (f32, f32) {
     let (mut read, mut recalled) = ([0.0_f32; LANES], [0.0_f32; LANES]);
-    let (rows, qs, ks) = (row.chunks_exact(LANES), q.chunks_exact(LANES), k.chunks_exact(LANES));
+    let (rows, qs, ks) = (
+        row.chunks_exact(LANES),
+        q.chunks_exact(LANES),
+        k.chunks_exact(LANES),
+    );
     let tail = rows.remainder().iter().zip(qs.remainder()).zip(ks.remainder());
     for (lane, ((&s, &q), &k)) in tail.enumerate() {
         read[lane] = s * q;

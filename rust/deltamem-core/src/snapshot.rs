@@ -65,7 +65,9 @@ impl FromStr for Fingerprint {
     type Err = FingerprintError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        from_hex(text).map(Self).ok_or_else(|| FingerprintError { found: shortened(text) })
+        from_hex(text).map(Self).ok_or_else(|| FingerprintError {
+            found: shortened(text),
+        })
     }
 }
 
@@ -77,7 +79,9 @@ impl Serialize for Fingerprint {
 
 impl<'de> Deserialize<'de> for Fingerprint {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -111,7 +115,9 @@ pub struct Snapshot {
 #[non_exhaustive]
 pub enum SnapshotError {
     /// The bytes are not a whole safetensors file.
-    #[error("the snapshot's {found} bytes are no safetensors file ({reason}); they were cut or changed, take another copy")]
+    #[error(
+        "the snapshot's {found} bytes are no safetensors file ({reason}); they were cut or changed, take another copy"
+    )]
     Container {
         /// Bytes found.
         found: usize,
@@ -119,7 +125,9 @@ pub enum SnapshotError {
         reason: String,
     },
     /// A length in the bytes is over its limit.
-    #[error("the snapshot's {what} takes {found} bytes, at most {max} are allowed; this is no snapshot of a memory, or it is damaged")]
+    #[error(
+        "the snapshot's {what} takes {found} bytes, at most {max} are allowed; this is no snapshot of a memory, or it is damaged"
+    )]
     TooLong {
         /// What is too long.
         what: &'static str,
@@ -129,19 +137,25 @@ pub enum SnapshotError {
         max: usize,
     },
     /// A safetensors file of another kind.
-    #[error("this is no snapshot: `format` is {found}, expected \"{FORMAT}\"; snapshots are made by Session.snapshot()")]
+    #[error(
+        "this is no snapshot: `format` is {found}, expected \"{FORMAT}\"; snapshots are made by Session.snapshot()"
+    )]
     NotASnapshot {
         /// The format found, or `missing`.
         found: String,
     },
     /// A snapshot of a later version.
-    #[error("the snapshot has format_version {found}, this runtime reads {FORMAT_VERSION}; update deltamem-rt")]
+    #[error(
+        "the snapshot has format_version {found}, this runtime reads {FORMAT_VERSION}; update deltamem-rt"
+    )]
     NewerVersion {
         /// The version found.
         found: u64,
     },
     /// A metadata entry is missing, unknown, or not what it must be.
-    #[error("the snapshot's metadata `{key}` is {found}, expected {expected}; the snapshot was changed, take another copy")]
+    #[error(
+        "the snapshot's metadata `{key}` is {found}, expected {expected}; the snapshot was changed, take another copy"
+    )]
     Metadata {
         /// The entry's key, shortened.
         key: String,
@@ -151,7 +165,9 @@ pub enum SnapshotError {
         expected: &'static str,
     },
     /// The tensors are not the one of a memory.
-    #[error("the snapshot's {what}: found {found}, expected {expected}; the snapshot was changed, take another copy")]
+    #[error(
+        "the snapshot's {what}: found {found}, expected {expected}; the snapshot was changed, take another copy"
+    )]
     Tensor {
         /// What differs.
         what: &'static str,
@@ -164,7 +180,9 @@ pub enum SnapshotError {
     #[error(transparent)]
     Geometry(#[from] GeometryError),
     /// A number of the memory is NaN or infinite.
-    #[error("the memory's number {index} is {value}, expected finite numbers only; go back to an earlier snapshot")]
+    #[error(
+        "the memory's number {index} is {value}, expected finite numbers only; go back to an earlier snapshot"
+    )]
     NotFinite {
         /// Index into the row-major memory.
         index: usize,
@@ -172,7 +190,9 @@ pub enum SnapshotError {
         value: String,
     },
     /// The content is not the one that the digest was made of.
-    #[error("the snapshot's digest is {found}, its content has {expected}; it was changed after it was written, take another copy")]
+    #[error(
+        "the snapshot's digest is {found}, its content has {expected}; it was changed after it was written, take another copy"
+    )]
     Digest {
         /// The digest that is written.
         found: String,
@@ -203,7 +223,10 @@ impl Snapshot {
             });
         }
         if let Some(index) = memory.iter().position(|value| !value.is_finite()) {
-            return Err(SnapshotError::NotFinite { index, value: memory[index].to_string() });
+            return Err(SnapshotError::NotFinite {
+                index,
+                value: memory[index].to_string(),
+            });
         }
         if sampler.position >= SamplerState::POSITIONS {
             return Err(SnapshotError::Metadata {
@@ -212,7 +235,14 @@ impl Snapshot {
                 expected: "a decimal number below 2^68",
             });
         }
-        Ok(Self { geometry, fingerprint, memory, tokens_seen, turns, sampler })
+        Ok(Self {
+            geometry,
+            fingerprint,
+            memory,
+            tokens_seen,
+            turns,
+            sampler,
+        })
     }
 
     /// The memory's geometry.
@@ -257,11 +287,18 @@ impl Snapshot {
             ("sampler_seed", to_hex(&self.sampler.seed)),
             ("sampler_position", self.sampler.position.to_string()),
         ]);
-        let digest = digest(metadata.iter().map(|(key, value)| (*key, value.as_str())), self.geometry, &data);
+        let digest = digest(
+            metadata.iter().map(|(key, value)| (*key, value.as_str())),
+            self.geometry,
+            &data,
+        );
         metadata.insert("digest", digest);
 
         // Every string in the header is plain ASCII without quotes or backslashes, so none needs escaping.
-        let metadata: Vec<String> = metadata.iter().map(|(key, value)| format!("\"{key}\":\"{value}\"")).collect();
+        let metadata: Vec<String> = metadata
+            .iter()
+            .map(|(key, value)| format!("\"{key}\":\"{value}\""))
+            .collect();
         let [layers, heads, rank, _] = self.geometry.shape();
         let mut header = format!(
             "{{\"__metadata__\":{{{}}},\"{TENSOR}\":{{\"dtype\":\"F32\",\"shape\":[{layers},{heads},{rank},{rank}],\"data_offsets\":[0,{}]}}}}",
@@ -299,7 +336,11 @@ impl Snapshot {
         let tensor = match file.tensor(TENSOR) {
             Ok(tensor) if file.len() == 1 => tensor,
             _ => {
-                let mut names: Vec<String> = file.names().into_iter().map(|name| format!("{:?}", shortened(name))).collect();
+                let mut names: Vec<String> = file
+                    .names()
+                    .into_iter()
+                    .map(|name| format!("{:?}", shortened(name)))
+                    .collect();
                 names.sort_unstable();
                 return Err(SnapshotError::Tensor {
                     what: "tensors",
@@ -329,16 +370,25 @@ impl Snapshot {
         let expected = digest(metadata.without_digest(), geometry, tensor.data());
         let found = metadata.get("digest", "64 lower-case hex digits")?;
         if found != expected {
-            return Err(SnapshotError::Digest { found: shortened(found), expected });
+            return Err(SnapshotError::Digest {
+                found: shortened(found),
+                expected,
+            });
         }
-        let memory = tensor.data().chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]));
+        let memory = tensor
+            .data()
+            .chunks_exact(4)
+            .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]));
         Self::new(
             geometry,
             Fingerprint(metadata.hex("fingerprint")?),
             memory.collect(),
             metadata.number("tokens_seen")?,
             metadata.number("turns")?,
-            SamplerState { seed: metadata.hex("sampler_seed")?, position: metadata.number("sampler_position")? },
+            SamplerState {
+                seed: metadata.hex("sampler_seed")?,
+                position: metadata.number("sampler_position")?,
+            },
         )
     }
 }
@@ -347,7 +397,11 @@ impl Snapshot {
 fn check_lengths(bytes: &[u8]) -> Result<(), SnapshotError> {
     let max = HEADER_AT + MAX_HEADER + MAX_BYTES;
     if bytes.len() > max {
-        return Err(SnapshotError::TooLong { what: "content", found: bytes.len() as u64, max });
+        return Err(SnapshotError::TooLong {
+            what: "content",
+            found: bytes.len() as u64,
+            max,
+        });
     }
     let Some((length, rest)) = bytes.split_first_chunk::<HEADER_AT>() else {
         return Err(SnapshotError::Container {
@@ -357,7 +411,11 @@ fn check_lengths(bytes: &[u8]) -> Result<(), SnapshotError> {
     };
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER as u64 {
-        return Err(SnapshotError::TooLong { what: "header", found: length, max: MAX_HEADER });
+        return Err(SnapshotError::TooLong {
+            what: "header",
+            found: length,
+            max: MAX_HEADER,
+        });
     }
     if length > rest.len() as u64 {
         return Err(SnapshotError::Container {
@@ -376,8 +434,16 @@ impl Metadata<'_> {
     fn check_format(&self) -> Result<(), SnapshotError> {
         match self.0.get("format").map(String::as_str) {
             Some(FORMAT) => {}
-            Some(other) => return Err(SnapshotError::NotASnapshot { found: format!("{:?}", shortened(other)) }),
-            None => return Err(SnapshotError::NotASnapshot { found: "missing".into() }),
+            Some(other) => {
+                return Err(SnapshotError::NotASnapshot {
+                    found: format!("{:?}", shortened(other)),
+                });
+            }
+            None => {
+                return Err(SnapshotError::NotASnapshot {
+                    found: "missing".into(),
+                });
+            }
         }
         let version: u64 = self.number("format_version")?;
         if version > FORMAT_VERSION {
@@ -404,7 +470,11 @@ impl Metadata<'_> {
         self.0
             .get(key)
             .map(String::as_str)
-            .ok_or_else(|| SnapshotError::Metadata { key: key.into(), found: "missing".into(), expected })
+            .ok_or_else(|| SnapshotError::Metadata {
+                key: key.into(),
+                found: "missing".into(),
+                expected,
+            })
     }
 
     fn hex(&self, key: &'static str) -> Result<[u8; 32], SnapshotError> {
@@ -421,16 +491,23 @@ impl Metadata<'_> {
     fn number<N: FromStr + ToString>(&self, key: &'static str) -> Result<N, SnapshotError> {
         let expected = "a decimal number without sign or leading zeros";
         let text = self.get(key, expected)?;
-        text.parse().ok().filter(|number: &N| number.to_string() == text).ok_or_else(|| SnapshotError::Metadata {
-            key: key.into(),
-            found: format!("{:?}", shortened(text)),
-            expected,
-        })
+        text.parse()
+            .ok()
+            .filter(|number: &N| number.to_string() == text)
+            .ok_or_else(|| SnapshotError::Metadata {
+                key: key.into(),
+                found: format!("{:?}", shortened(text)),
+                expected,
+            })
     }
 
     /// Every entry but the digest, by ascending key.
     fn without_digest(&self) -> impl Iterator<Item = (&str, &str)> {
-        let sorted: BTreeMap<&str, &str> = self.0.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let sorted: BTreeMap<&str, &str> = self
+            .0
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .collect();
         sorted.into_iter().filter(|(key, _)| *key != "digest")
     }
 }
@@ -440,7 +517,9 @@ fn digest<'a>(metadata: impl Iterator<Item = (&'a str, &'a str)>, geometry: Geom
     let mut hasher = blake3::Hasher::new();
     for (key, value) in metadata {
         for text in [key, value] {
-            hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+            hasher
+                .update(&(text.len() as u64).to_le_bytes())
+                .update(text.as_bytes());
         }
     }
     for size in geometry.shape() {

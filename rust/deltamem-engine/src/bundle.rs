@@ -1,0 +1,682 @@
+//! A bundle on disk: its manifest, typed, and the proof that the files are the ones that the exporter wrote (docs/bundle.md is the
+//! contract). It trusts nothing it reads: sizes come before reading, digests before use. It knows nothing of what runs the graph.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Component, Path, PathBuf};
+
+use deltamem_core::{Fingerprint, Gates, Geometry, UpdateMode};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// The manifest's file name.
+pub const MANIFEST: &str = "deltamem.json";
+/// The only format version that this runtime reads.
+pub const FORMAT_VERSION: u64 = 1;
+
+const FORMAT: &str = "deltamem-bundle";
+/// A manifest takes a few KB; nothing longer is read.
+const MAX_MANIFEST: u64 = 16 << 20;
+/// No size in a manifest may be larger, so that products of a few of them cannot overflow.
+const MAX_SIZE: usize = 1 << 24;
+
+/// How much of a bundle is checked before any of it is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verify {
+    /// Every byte of every file, by BLAKE3.
+    #[default]
+    Full,
+    /// Every byte of the manifest; that the other files are there and have the right size. For starting large bundles that were
+    /// checked in full before.
+    Sizes,
+}
+
+/// `deltamem.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// `deltamem-bundle`.
+    pub format: String,
+    /// The version of the format, 1.
+    pub format_version: u64,
+    /// BLAKE3 of the manifest's bytes with these 64 characters replaced by 0.
+    pub digest: String,
+    /// The bundle's name, for people.
+    pub name: String,
+    /// Which memories the bundle may load: BLAKE3 of the parts.
+    pub fingerprint: Fingerprint,
+    /// What the fingerprint is made of.
+    pub fingerprint_parts: FingerprintParts,
+    /// The frozen model.
+    pub backbone: Backbone,
+    /// The memory and its rule.
+    pub memory: Memory,
+    /// The graph's files and its cache.
+    pub graph: Graph,
+    /// The precision that the backbone was exported in: `fp32`, `fp16`, `bf16` or `int4`.
+    pub precision: String,
+    /// Special tokens.
+    pub tokens: SpecialTokens,
+    /// Files for text; `None` for a bundle of token ids only.
+    #[serde(default)]
+    pub text: Option<TextFiles>,
+    /// Every other file of the bundle.
+    pub files: BTreeMap<String, FileEntry>,
+    /// What the exporter compared the graph with; `None` when it did not.
+    #[serde(default)]
+    pub check: Option<Check>,
+    /// Names and versions of the programs that made the bundle.
+    #[serde(default)]
+    pub made_by: BTreeMap<String, String>,
+}
+
+/// What a fingerprint is made of, each a BLAKE3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FingerprintParts {
+    /// The backbone's weights.
+    pub backbone: Fingerprint,
+    /// The adapter's tensors.
+    pub adapter: Fingerprint,
+    /// The memory and backbone sections.
+    pub config: Fingerprint,
+    /// Tokenizer and chat template; `None` (in the file: null or "none") without a tokenizer.
+    #[serde(default, deserialize_with = "fingerprint_or_none")]
+    pub tokenizer: Option<Fingerprint>,
+}
+
+/// The frozen model's shape.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Backbone {
+    /// Its class, such as `Qwen3ForCausalLM`.
+    pub architecture: String,
+    /// Its family, such as `qwen3`.
+    pub model_type: String,
+    /// Width of the hidden state.
+    pub hidden_size: usize,
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key/value heads.
+    pub num_kv_heads: usize,
+    /// Width of one attention head.
+    pub head_dim: usize,
+    /// Size of the vocabulary.
+    pub vocab_size: usize,
+    /// The most tokens in one turn.
+    pub context_length: usize,
+}
+
+/// The memory's shape and rule.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Memory {
+    /// The layers that carry a memory, ascending.
+    pub layers: Vec<usize>,
+    /// State heads in each.
+    pub heads: usize,
+    /// Rank of each state.
+    pub rank: usize,
+    /// alpha of alpha / r.
+    pub alpha: f64,
+    /// How β and λ become gates.
+    pub update_mode: UpdateMode,
+    /// Whether λ = 1 − β.
+    pub couple_lambda: bool,
+    /// Gates per row or per head.
+    pub gates: Gates,
+    /// Whether q and k are unit vectors.
+    pub normalize_qk: bool,
+    /// The projections that are corrected, in the order q k v o.
+    pub delta_heads: Vec<DeltaHead>,
+    /// What one write covers.
+    pub write_granularity: WriteGranularity,
+}
+
+/// A projection of the attention that the memory corrects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeltaHead {
+    /// The query projection.
+    Q,
+    /// The key projection.
+    K,
+    /// The value projection.
+    V,
+    /// The output projection.
+    O,
+}
+
+/// What one write into the memory covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum WriteGranularity {
+    /// Each token writes.
+    Token,
+}
+
+/// The graph's files and its KV cache.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Graph {
+    /// The graph.
+    pub file: String,
+    /// The same graph with the output `delta_energy`.
+    #[serde(default)]
+    pub measured_file: Option<String>,
+    /// The layers with a KV cache, ascending.
+    pub kv_layers: Vec<usize>,
+    /// The cache's element type: `float32`, `float16` or `bfloat16`.
+    pub kv_dtype: String,
+    /// Whether one buffer may be bound as past and as present.
+    pub shared_kv: bool,
+    /// Whether the graph wants `position_ids`.
+    pub position_ids: bool,
+}
+
+/// Special tokens by id.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpecialTokens {
+    /// Begins a text.
+    #[serde(default)]
+    pub bos: Option<i32>,
+    /// Each of them ends a reply.
+    pub eos: Vec<i32>,
+    /// Fills a batch.
+    #[serde(default)]
+    pub pad: Option<i32>,
+}
+
+/// Files and strings for text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TextFiles {
+    /// The tokenizer's file.
+    pub tokenizer: String,
+    /// The chat template's file.
+    #[serde(default)]
+    pub chat_template: Option<String>,
+    /// What templates see as `bos_token`.
+    #[serde(default)]
+    pub bos_token: Option<String>,
+    /// What templates see as `eos_token`.
+    #[serde(default)]
+    pub eos_token: Option<String>,
+}
+
+/// One file of the bundle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Its size.
+    pub bytes: u64,
+    /// Its content.
+    pub blake3: Fingerprint,
+}
+
+/// What the exporter compared the graph with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Check {
+    /// The reference and its version.
+    pub against: String,
+    /// Tokens compared.
+    pub tokens: u64,
+    /// The largest difference in the logits.
+    pub max_abs_diff: f64,
+    /// The largest that was allowed.
+    pub tolerance: f64,
+}
+
+/// Why a directory cannot be used as a bundle.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BundleError {
+    /// Nothing lies at the path.
+    #[error("{}: no such bundle; a bundle is a directory that holds {MANIFEST}, made by `deltamem-export bundle`", path.display())]
+    NotFound {
+        /// The path asked for.
+        path: PathBuf,
+    },
+    /// Something else lies at the path.
+    #[error("{} is no bundle: {why}; a bundle is a directory that holds {MANIFEST}, made by `deltamem-export bundle`", path.display())]
+    NotABundle {
+        /// The path asked for.
+        path: PathBuf,
+        /// What it is instead.
+        why: String,
+    },
+    /// A bundle of another version of the format.
+    #[error(
+        "{MANIFEST}: format_version is {found}, this runtime reads {FORMAT_VERSION}; {}",
+        if *found > FORMAT_VERSION { "update deltamem-rt" } else { "export the bundle again" }
+    )]
+    UnsupportedVersion {
+        /// The version found.
+        found: u64,
+    },
+    /// A file is missing or not the one that the exporter wrote.
+    #[error(
+        "{file}: found {found}, expected {expected}; the bundle is incomplete or was changed, copy or export it again"
+    )]
+    Damaged {
+        /// The file's name in the bundle.
+        file: String,
+        /// What was found.
+        found: String,
+        /// What was expected.
+        expected: String,
+    },
+    /// The manifest is whole, but says what cannot be.
+    #[error("{MANIFEST}: {field} is {found}, expected {expected}; export the bundle again")]
+    Inconsistent {
+        /// The entry, with its path in the manifest.
+        field: String,
+        /// What stands there.
+        found: String,
+        /// What could stand there.
+        expected: String,
+    },
+    /// The system could not read a file.
+    #[error("{}: {error}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        error: std::io::Error,
+    },
+}
+
+/// A bundle whose manifest was read and whose files were checked.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    dir: PathBuf,
+    manifest: Manifest,
+    geometry: Geometry,
+}
+
+impl Bundle {
+    /// Reads the manifest in the directory `path` and checks the bundle against it.
+    ///
+    /// # Errors
+    /// [`BundleError`] says what was found, what was expected and what to do.
+    pub fn open(path: &Path, verify: Verify) -> Result<Self, BundleError> {
+        let dir = directory(path)?;
+        let bytes = read_manifest(path, &dir)?;
+        let manifest = parse_manifest(path, &bytes)?;
+        let geometry = check_consistency(&manifest)?;
+        for (name, entry) in &manifest.files {
+            check_file(&dir, name, *entry, verify)?;
+        }
+        Ok(Self {
+            dir,
+            manifest,
+            geometry,
+        })
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The bundle's directory, absolute.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the file `name` of the bundle lies.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// The memory's geometry.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Which memories the bundle may load.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.manifest.fingerprint
+    }
+}
+
+impl FingerprintParts {
+    /// The fingerprint that these parts make.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let tokenizer = self
+            .tokenizer
+            .map_or_else(|| "none".to_owned(), |part| part.to_string());
+        let joined = format!(
+            "{}\n{}\n{}\n{tokenizer}",
+            self.backbone, self.adapter, self.config
+        );
+        Fingerprint(*blake3::hash(joined.as_bytes()).as_bytes())
+    }
+}
+
+fn fingerprint_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Fingerprint>, D::Error> {
+    match Option::<String>::deserialize(deserializer)?.as_deref() {
+        None | Some("none") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+fn directory(path: &Path) -> Result<PathBuf, BundleError> {
+    match path.canonicalize() {
+        Ok(dir) if dir.is_dir() => Ok(dir),
+        Ok(_) => Err(BundleError::NotABundle {
+            path: path.into(),
+            why: "it is a file".into(),
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(BundleError::NotFound { path: path.into() })
+        }
+        Err(error) => Err(BundleError::Io {
+            path: path.into(),
+            error,
+        }),
+    }
+}
+
+fn read_manifest(path: &Path, dir: &Path) -> Result<Vec<u8>, BundleError> {
+    let file_path = dir.join(MANIFEST);
+    let io = |error| BundleError::Io {
+        path: file_path.clone(),
+        error,
+    };
+    let metadata = match file_path.metadata() {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(BundleError::NotABundle {
+                path: path.into(),
+                why: format!("it holds no {MANIFEST}"),
+            });
+        }
+        Err(error) => return Err(io(error)),
+    };
+    if !metadata.is_file() {
+        return Err(BundleError::NotABundle {
+            path: path.into(),
+            why: format!("its {MANIFEST} is not a plain file"),
+        });
+    }
+    let too_long = |found: u64| BundleError::Damaged {
+        file: MANIFEST.into(),
+        found: format!("{found} bytes or more"),
+        expected: format!("at most {MAX_MANIFEST}"),
+    };
+    if metadata.len() > MAX_MANIFEST {
+        return Err(too_long(metadata.len()));
+    }
+    let mut bytes = Vec::new();
+    // Bounded again: the file may have grown since its size was asked.
+    File::open(&file_path)
+        .map_err(io)?
+        .take(MAX_MANIFEST + 1)
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
+    if bytes.len() as u64 > MAX_MANIFEST {
+        return Err(too_long(bytes.len() as u64));
+    }
+    Ok(bytes)
+}
+
+/// What every version of the format has, read before anything that a version may change.
+#[derive(Deserialize)]
+struct Heading {
+    format: String,
+    format_version: u64,
+    #[serde(default)]
+    digest: String,
+}
+
+fn parse_manifest(path: &Path, bytes: &[u8]) -> Result<Manifest, BundleError> {
+    let heading: Heading = serde_json::from_slice(bytes).map_err(|error| BundleError::Damaged {
+        file: MANIFEST.into(),
+        found: format!("what is no manifest ({error})"),
+        expected: "JSON with format and format_version".into(),
+    })?;
+    if heading.format != FORMAT {
+        return Err(BundleError::NotABundle {
+            path: path.into(),
+            why: format!(
+                "the format of its {MANIFEST} is {:.60?}, not {FORMAT:?}",
+                heading.format
+            ),
+        });
+    }
+    if heading.format_version != FORMAT_VERSION {
+        return Err(BundleError::UnsupportedVersion {
+            found: heading.format_version,
+        });
+    }
+    check_own_digest(bytes, &heading.digest)?;
+    serde_json::from_slice(bytes).map_err(|error| BundleError::Inconsistent {
+        field: format!("line {}, column {}", error.line(), error.column()),
+        found: error.to_string(),
+        expected: "what docs/bundle.md describes".into(),
+    })
+}
+
+/// Compares the manifest's digest with the digest of its bytes, in which the 64 digits themselves count as zeros.
+fn check_own_digest(bytes: &[u8], digest: &str) -> Result<(), BundleError> {
+    let damaged = |found: String, expected: String| BundleError::Damaged {
+        file: MANIFEST.into(),
+        found,
+        expected,
+    };
+    let Ok(found) = digest.parse::<Fingerprint>() else {
+        return Err(damaged(
+            format!("the digest {digest:.80?}"),
+            "64 lower-case hex digits".into(),
+        ));
+    };
+    let places: Vec<usize> = (0..bytes.len().saturating_sub(63))
+        .filter(|&at| bytes[at..].starts_with(digest.as_bytes()))
+        .collect();
+    let [at] = places[..] else {
+        return Err(damaged(
+            format!("its digest {} times", places.len()),
+            "it once".into(),
+        ));
+    };
+    let mut hasher = blake3::Hasher::new();
+    hasher
+        .update(&bytes[..at])
+        .update(&[b'0'; 64])
+        .update(&bytes[at + 64..]);
+    let expected = Fingerprint(*hasher.finalize().as_bytes());
+    if found == expected {
+        Ok(())
+    } else {
+        Err(damaged(
+            format!("the digest {found}"),
+            format!("{expected}, the digest of its content"),
+        ))
+    }
+}
+
+fn inconsistent(field: &str, found: impl ToString, expected: impl ToString) -> BundleError {
+    BundleError::Inconsistent {
+        field: field.into(),
+        found: found.to_string(),
+        expected: expected.to_string(),
+    }
+}
+
+fn check_consistency(manifest: &Manifest) -> Result<Geometry, BundleError> {
+    let made = manifest.fingerprint_parts.fingerprint();
+    if manifest.fingerprint != made {
+        return Err(inconsistent(
+            "fingerprint",
+            manifest.fingerprint,
+            format!("{made}, which its parts make"),
+        ));
+    }
+    check_backbone(&manifest.backbone)?;
+    let geometry = check_memory(&manifest.memory, &manifest.backbone)?;
+    ascending(
+        "graph.kv_layers",
+        &manifest.graph.kv_layers,
+        manifest.backbone.num_layers,
+    )?;
+    check_tokens(manifest)?;
+    check_names(manifest)?;
+    Ok(geometry)
+}
+
+fn check_backbone(backbone: &Backbone) -> Result<(), BundleError> {
+    for (field, found) in [
+        ("backbone.hidden_size", backbone.hidden_size),
+        ("backbone.num_layers", backbone.num_layers),
+        ("backbone.num_attention_heads", backbone.num_attention_heads),
+        ("backbone.num_kv_heads", backbone.num_kv_heads),
+        ("backbone.head_dim", backbone.head_dim),
+        ("backbone.vocab_size", backbone.vocab_size),
+        ("backbone.context_length", backbone.context_length),
+    ] {
+        if found == 0 || found > MAX_SIZE {
+            return Err(inconsistent(field, found, format!("1 to {MAX_SIZE}")));
+        }
+    }
+    if !backbone.num_attention_heads.is_multiple_of(backbone.num_kv_heads) {
+        return Err(inconsistent(
+            "backbone.num_attention_heads",
+            backbone.num_attention_heads,
+            format!(
+                "a multiple of the {} of backbone.num_kv_heads",
+                backbone.num_kv_heads
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn check_memory(memory: &Memory, backbone: &Backbone) -> Result<Geometry, BundleError> {
+    ascending("memory.layers", &memory.layers, backbone.num_layers)?;
+    let geometry = Geometry::new(memory.layers.len(), memory.heads, memory.rank)
+        .map_err(|error| inconsistent("memory", format!("{} layers", memory.layers.len()), error))?;
+    if !memory.alpha.is_finite() {
+        return Err(inconsistent("memory.alpha", memory.alpha, "a finite number"));
+    }
+    if memory.delta_heads.is_empty() || !memory.delta_heads.is_sorted_by(|a, b| a < b) {
+        return Err(inconsistent(
+            "memory.delta_heads",
+            format!("{:?}", memory.delta_heads),
+            "some of q, k, v, o, each once, in that order",
+        ));
+    }
+    Ok(geometry)
+}
+
+fn ascending(field: &str, layers: &[usize], num_layers: usize) -> Result<(), BundleError> {
+    if layers.is_sorted_by(|a, b| a < b) && layers.last().is_none_or(|&last| last < num_layers) {
+        return Ok(());
+    }
+    Err(inconsistent(
+        field,
+        format!("{:.200}", format!("{layers:?}")),
+        format!("layers below {num_layers} (backbone.num_layers), each once, ascending"),
+    ))
+}
+
+fn check_tokens(manifest: &Manifest) -> Result<(), BundleError> {
+    let vocab = manifest.backbone.vocab_size;
+    let tokens = &manifest.tokens;
+    let all = tokens.eos.iter().map(|&id| ("tokens.eos", id));
+    let all = all
+        .chain(tokens.bos.map(|id| ("tokens.bos", id)))
+        .chain(tokens.pad.map(|id| ("tokens.pad", id)));
+    for (field, id) in all {
+        if usize::try_from(id).map_or(true, |id| id >= vocab) {
+            return Err(inconsistent(
+                field,
+                id,
+                format!("0 to {} (backbone.vocab_size is {vocab})", vocab - 1),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that names are plain file names, and that every file that the manifest names is listed with a digest.
+fn check_names(manifest: &Manifest) -> Result<(), BundleError> {
+    for name in manifest.files.keys() {
+        let mut parts = Path::new(name).components();
+        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name.as_str());
+        // On some systems these cut a name in pieces; no bundle needs them.
+        if !plain || name.contains(['\\', '/', ':', '\0']) || name == MANIFEST {
+            return Err(inconsistent(
+                "files",
+                format!("{name:.80?}"),
+                "plain file names, without a directory",
+            ));
+        }
+    }
+    let text = manifest.text.as_ref();
+    for (field, name) in [
+        ("graph.file", Some(&manifest.graph.file)),
+        ("graph.measured_file", manifest.graph.measured_file.as_ref()),
+        ("text.tokenizer", text.map(|text| &text.tokenizer)),
+        (
+            "text.chat_template",
+            text.and_then(|text| text.chat_template.as_ref()),
+        ),
+    ] {
+        if let Some(name) = name
+            && !manifest.files.contains_key(name)
+        {
+            return Err(inconsistent(
+                field,
+                format!("{name:.80?}"),
+                "a file that `files` lists",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_file(dir: &Path, name: &str, entry: FileEntry, verify: Verify) -> Result<(), BundleError> {
+    let path = dir.join(name);
+    let damaged = |found: String, expected: String| BundleError::Damaged {
+        file: name.into(),
+        found,
+        expected,
+    };
+    let io = |error| BundleError::Io {
+        path: path.clone(),
+        error,
+    };
+    let real = match path.canonicalize() {
+        Ok(real) => real,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(damaged("no such file".into(), format!("{} bytes", entry.bytes)));
+        }
+        Err(error) => return Err(io(error)),
+    };
+    if !real.starts_with(dir) {
+        return Err(damaged(
+            "a link that leads out of the bundle".into(),
+            "a plain file".into(),
+        ));
+    }
+    let metadata = real.metadata().map_err(io)?;
+    if !metadata.is_file() {
+        return Err(damaged("no plain file".into(), "a plain file".into()));
+    }
+    if metadata.len() != entry.bytes {
+        return Err(damaged(
+            format!("{} bytes", metadata.len()),
+            entry.bytes.to_string(),
+        ));
+    }
+    if verify == Verify::Full {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_mmap_rayon(&real).map_err(io)?;
+        let found = Fingerprint(*hasher.finalize().as_bytes());
+        if found != entry.blake3 {
+            return Err(damaged(
+                format!("content with BLAKE3 {found}"),
+                entry.blake3.to_string(),
+            ));
+        }
+    }
+    Ok(())
+}

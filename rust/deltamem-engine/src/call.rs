@@ -1,0 +1,234 @@
+//! One run of a graph: named tensors over memory that the caller owns, in and out, without a copy. This is the only file that hands
+//! pointers to ONNX Runtime; outside it a run is safe Rust. It knows nothing of what the tensors mean.
+
+use std::ffi::{CStr, c_void};
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+
+use ort::AsPointer;
+use ort::session::Session;
+use ort::sys;
+use ort::value::TensorElementType;
+
+use crate::error::{EngineError, Result};
+
+/// A Rust number that ONNX Runtime has a type for.
+pub(crate) trait Element: Copy {
+    /// ONNX Runtime's name of the type.
+    const TYPE: TensorElementType;
+}
+
+impl Element for f32 {
+    const TYPE: TensorElementType = TensorElementType::Float32;
+}
+impl Element for i32 {
+    const TYPE: TensorElementType = TensorElementType::Int32;
+}
+impl Element for i64 {
+    const TYPE: TensorElementType = TensorElementType::Int64;
+}
+
+/// A tensor over borrowed memory. The borrow lives as long as the tensor does.
+pub(crate) struct Tensor<'a> {
+    value: NonNull<sys::OrtValue>,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> Tensor<'a> {
+    /// A tensor that a run reads.
+    pub(crate) fn input<T: Element>(data: &'a [T], shape: &[usize]) -> Result<Self> {
+        // ONNX Runtime takes a mutable pointer for inputs and outputs alike, and does not write through inputs: `Call` binds a
+        // tensor made here as an input only.
+        Self::over(
+            data.as_ptr().cast_mut().cast(),
+            size_of_val(data),
+            size_of::<T>(),
+            shape,
+            T::TYPE,
+        )
+    }
+
+    /// A tensor that a run writes.
+    pub(crate) fn output<T: Element>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
+        Self::over(
+            data.as_mut_ptr().cast(),
+            size_of_val(data),
+            size_of::<T>(),
+            shape,
+            T::TYPE,
+        )
+    }
+
+    /// A tensor of any element type over bytes that are aligned for it, which a run may read and write.
+    pub(crate) fn bytes(
+        data: &'a mut [u8],
+        shape: &[usize],
+        element: TensorElementType,
+        element_bytes: usize,
+    ) -> Result<Self> {
+        Self::over(
+            data.as_mut_ptr().cast(),
+            data.len(),
+            element_bytes,
+            shape,
+            element,
+        )
+    }
+
+    #[allow(unsafe_code)]
+    fn over(
+        data: *mut c_void,
+        bytes: usize,
+        element_bytes: usize,
+        shape: &[usize],
+        ty: TensorElementType,
+    ) -> Result<Self> {
+        let expected = shape
+            .iter()
+            .try_fold(element_bytes, |product, &dim| product.checked_mul(dim));
+        if expected != Some(bytes) {
+            return Err(EngineError::Onnx {
+                doing: "describing a tensor",
+                message: format!(
+                    "shape {shape:?} of {element_bytes}-byte numbers does not fill {bytes} bytes"
+                ),
+            });
+        }
+        let mut dims = [0_i64; 8];
+        for (dim, &size) in dims.iter_mut().zip(shape) {
+            *dim = i64::try_from(size).unwrap_or(i64::MAX);
+        }
+        let mut value = std::ptr::null_mut();
+        // SAFETY: `data` is valid for `bytes` bytes for as long as the borrow in `Self` lives, the shape was just checked to fill
+        // exactly that many, `dims` holds `shape.len()` ≤ 8 numbers, and the memory info is the process's own for CPU memory.
+        let status = unsafe {
+            (ort::api().CreateTensorWithDataAsOrtValue)(
+                cpu_memory()?.0.as_ptr(),
+                data,
+                bytes,
+                dims.as_ptr(),
+                shape.len().min(dims.len()),
+                ty.into(),
+                &raw mut value,
+            )
+        };
+        check(status, "describing a tensor")?;
+        match NonNull::new(value) {
+            Some(value) => Ok(Self {
+                value,
+                memory: PhantomData,
+            }),
+            None => Err(EngineError::Onnx {
+                doing: "describing a tensor",
+                message: "no value came back".into(),
+            }),
+        }
+    }
+}
+
+impl Drop for Tensor<'_> {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: the value came from ONNX Runtime in `over` and is released once; it does not own the memory under it.
+        unsafe { (ort::api().ReleaseValue)(self.value.as_ptr()) }
+    }
+}
+
+/// The inputs and outputs of one run, by name.
+#[derive(Default)]
+pub(crate) struct Call<'t, 'a> {
+    input_names: Vec<*const std::ffi::c_char>,
+    inputs: Vec<*const sys::OrtValue>,
+    output_names: Vec<*const std::ffi::c_char>,
+    outputs: Vec<*mut sys::OrtValue>,
+    tensors: PhantomData<(&'t Tensor<'a>, &'t CStr)>,
+}
+
+impl<'t, 'a> Call<'t, 'a> {
+    /// Gives the tensor to the input `name`.
+    pub(crate) fn input(&mut self, name: &'t CStr, tensor: &'t Tensor<'a>) {
+        self.input_names.push(name.as_ptr());
+        self.inputs.push(tensor.value.as_ptr());
+    }
+
+    /// Has the output `name` written into the tensor.
+    pub(crate) fn output(&mut self, name: &'t CStr, tensor: &'t mut Tensor<'a>) {
+        self.output_names.push(name.as_ptr());
+        self.outputs.push(tensor.value.as_ptr());
+    }
+
+    /// Gives one tensor to the input `past` and to the output `present`: attention appends to it in place.
+    pub(crate) fn in_place(&mut self, past: &'t CStr, present: &'t CStr, tensor: &'t mut Tensor<'a>) {
+        self.input_names.push(past.as_ptr());
+        self.inputs.push(tensor.value.as_ptr());
+        self.output_names.push(present.as_ptr());
+        self.outputs.push(tensor.value.as_ptr());
+    }
+
+    /// Runs the graph. On an error the outputs hold anything; the caller must not use them.
+    #[allow(unsafe_code)]
+    pub(crate) fn run(mut self, session: &mut Session) -> Result<()> {
+        let before = self.outputs.clone();
+        // SAFETY: every name and value outlives `self` by its lifetime 't, the arrays have the lengths given, `session` is
+        // borrowed exclusively, so no second run is in flight, and a null run-options pointer means the defaults.
+        let status = unsafe {
+            (ort::api().Run)(
+                session.ptr().cast_mut(),
+                std::ptr::null(),
+                self.input_names.as_ptr(),
+                self.inputs.as_ptr(),
+                self.inputs.len(),
+                self.output_names.as_ptr(),
+                self.outputs.len(),
+                self.outputs.as_mut_ptr(),
+            )
+        };
+        check(status, "running the graph")?;
+        if before != self.outputs {
+            return Err(EngineError::Onnx {
+                doing: "running the graph",
+                message: "an output was not written where it was asked for".into(),
+            });
+        }
+        Ok(())
+    }
+}
+
+struct CpuMemory(NonNull<sys::OrtMemoryInfo>);
+
+// SAFETY: a memory info is a constant description; ONNX Runtime only reads it.
+#[allow(unsafe_code)]
+unsafe impl Send for CpuMemory {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for CpuMemory {}
+
+/// The description of plain CPU memory, made once and kept for the process.
+#[allow(unsafe_code)]
+fn cpu_memory() -> Result<&'static CpuMemory> {
+    static CPU: std::sync::OnceLock<CpuMemory> = std::sync::OnceLock::new();
+    if let Some(cpu) = CPU.get() {
+        return Ok(cpu);
+    }
+    let mut info = std::ptr::null_mut();
+    // SAFETY: the out-pointer is valid for the call. Two threads may each make one; the loser's few bytes stay for the process.
+    let status = unsafe {
+        (ort::api().CreateCpuMemoryInfo)(
+            sys::OrtAllocatorType::OrtDeviceAllocator,
+            sys::OrtMemType::OrtMemTypeDefault,
+            &raw mut info,
+        )
+    };
+    check(status, "describing CPU memory")?;
+    let info = NonNull::new(info).ok_or_else(|| EngineError::Onnx {
+        doing: "describing CPU memory",
+        message: "nothing came back".into(),
+    })?;
+    Ok(CPU.get_or_init(|| CpuMemory(info)))
+}
+
+#[allow(unsafe_code)]
+fn check(status: sys::OrtStatusPtr, doing: &'static str) -> Result<()> {
+    // SAFETY: the status comes straight from a call of ONNX Runtime and is read and released once, here.
+    unsafe { ort::Error::result_from_status(status) }.map_err(EngineError::onnx(doing))
+}

@@ -1,0 +1,24 @@
+//! The engine: it opens a bundle, runs its graph in ONNX Runtime, and keeps what a session needs between runs.
+//!
+//! It knows tokens, buffers and graphs. It knows nothing of Python, and nothing of where memories are kept.
+//!
+//! The way of a token: [`text`] → [`session::Session::feed`] (chunks) → [`call`] (one run) → [`memory`] (the back buffer becomes the
+//! front) → [`sampling`] → [`generation`] (a piece of text).
+
+pub mod bundle;
+mod call;
+pub mod error;
+pub mod generation;
+mod kv;
+pub mod memory;
+pub mod model;
+pub mod runtime;
+pub mod sampling;
+pub mod session;
+pub mod text;
+
+pub use error::EngineError;
+pub use generation::{FinishReason, Generation, GenerationOptions, GenerationStats};
+pub use model::{Device, LoadOptions, Model};
+pub use runtime::Runtime;
+pub use session::{FeedOptions, Session};

@@ -1,0 +1,467 @@
+//! One user's session: a memory that stays, a turn's KV cache that goes, and a sampler. Every call either happens whole or leaves the
+//! session as it was. It knows tokens only; text becomes tokens in [`crate::text`], pieces of text are made in [`crate::generation`].
+
+use std::sync::Arc;
+
+use deltamem_core::{Geometry, Snapshot};
+
+use crate::error::{EngineError, Result};
+use crate::kv::KvCache;
+use crate::memory::{MemoryBuffers, MemoryView};
+use crate::model::{CHUNK_TOKENS, Chunk, Model, Rows};
+use crate::sampling::Sampler;
+
+/// Asked between chunks whether the caller wants to stop.
+pub type Interrupt<'a> = &'a mut dyn FnMut() -> bool;
+
+/// What a call of [`Session::feed`] does beside reading.
+#[derive(Debug)]
+pub struct FeedOptions<'a> {
+    /// Whether these tokens may write the memory.
+    pub write: bool,
+    /// Where every token's logits go, float32 [tokens, vocab]; `None` when they are not wanted.
+    pub logits: Option<&'a mut [f32]>,
+    /// Adds up the energies of corrections and of what they correct, layer by layer and delta head by delta head; takes the
+    /// measured graph.
+    pub energy: Option<&'a mut DeltaEnergy>,
+}
+
+impl Default for FeedOptions<'_> {
+    fn default() -> Self {
+        Self {
+            write: true,
+            logits: None,
+            energy: None,
+        }
+    }
+}
+
+/// Sums of squares of the corrections and of the projections that they correct, over all tokens measured so far.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct DeltaEnergy {
+    /// (correction, base) for each memory layer and delta head, row-major [layers, delta heads].
+    pub sums: Vec<(f64, f64)>,
+}
+
+impl DeltaEnergy {
+    /// |correction| / |base| over everything measured; `None` before the first token.
+    pub fn ratio(&self) -> Option<f64> {
+        let (delta, base) = self
+            .sums
+            .iter()
+            .fold((0.0, 0.0), |(d, b), (delta, base)| (d + delta, b + base));
+        (base > 0.0).then(|| (delta / base).sqrt())
+    }
+
+    fn add(&mut self, energies: &[f32], pairs: usize) {
+        self.sums.resize(pairs, (0.0, 0.0));
+        for token in energies.chunks_exact(pairs * 2) {
+            for (sum, pair) in self.sums.iter_mut().zip(token.chunks_exact(2)) {
+                sum.0 += f64::from(pair[0]);
+                sum.1 += f64::from(pair[1]);
+            }
+        }
+    }
+}
+
+/// A sampled token that was given to the caller and is not read yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pending {
+    pub(crate) token: i32,
+    pub(crate) write: bool,
+}
+
+/// One user's session over a shared model.
+#[derive(Debug)]
+pub struct Session {
+    model: Arc<Model>,
+    memory: MemoryBuffers,
+    /// The turn's cache; none between turns.
+    cache: Option<KvCache>,
+    /// The logits behind the last token of the turn, float32 [vocab]; empty when the turn is.
+    logits: Vec<f32>,
+    spare_logits: Vec<f32>,
+    /// The turn's tokens, for the repetition penalty.
+    turn: Vec<i32>,
+    pending: Option<Pending>,
+    /// Set while a chat's reply is being made: whatever is called next ends that turn first.
+    ends_turn: bool,
+    sampler: Sampler,
+    tokens_seen: u64,
+    turns: u64,
+    /// Counts the calls that move the session, so that an older generation knows that it is over.
+    epoch: u64,
+}
+
+/// What a failed call puts back.
+struct Before {
+    memory: MemoryView,
+    cached: Option<usize>,
+    turn: usize,
+    tokens_seen: u64,
+}
+
+impl Session {
+    /// A session with an empty memory, its sampler seeded by the machine's own randomness.
+    pub fn new(model: Arc<Model>) -> Self {
+        let geometry = model.geometry();
+        Self {
+            memory: MemoryBuffers::zeroed(&geometry),
+            cache: None,
+            logits: Vec::new(),
+            spare_logits: Vec::new(),
+            turn: Vec::new(),
+            pending: None,
+            ends_turn: false,
+            sampler: Sampler::from_entropy(),
+            tokens_seen: 0,
+            turns: 0,
+            epoch: 0,
+            model,
+        }
+    }
+
+    /// The model under the session.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The memory's geometry.
+    pub fn geometry(&self) -> Geometry {
+        self.model.geometry()
+    }
+
+    /// The present state, float32 [layers, heads, r, r]. Holding it keeps it as it is.
+    pub fn memory(&self) -> MemoryView {
+        Arc::clone(self.memory.front())
+    }
+
+    /// Tokens read since the memory was empty, over all turns and restarts.
+    pub fn tokens_seen(&self) -> u64 {
+        self.tokens_seen
+    }
+
+    /// Turns ended since the memory was empty.
+    pub fn turns(&self) -> u64 {
+        self.turns
+    }
+
+    /// Tokens in the present turn.
+    pub fn position(&self) -> usize {
+        self.cache.as_ref().map_or(0, KvCache::len)
+    }
+
+    /// Bytes of the turn's KV cache; 0 between turns.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.as_ref().map_or(0, KvCache::bytes)
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    pub(crate) fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// The sampler with the logits that it samples and the tokens it may penalise.
+    pub(crate) fn sampling_parts(&mut self) -> (&mut Sampler, &[f32], &[i32]) {
+        (&mut self.sampler, &self.logits, &self.turn)
+    }
+
+    pub(crate) fn set_pending(&mut self, token: i32, write: bool) {
+        self.pending = Some(Pending { token, write });
+    }
+
+    pub(crate) fn set_ends_turn(&mut self) {
+        self.ends_turn = true;
+    }
+
+    /// Reads tokens. The KV cache goes on inside the turn; the split of a stream into calls never changes a result.
+    ///
+    /// # Errors
+    /// [`EngineError::TokenOutOfRange`] and [`EngineError::ContextLength`] before anything is computed; [`EngineError::Interrupted`]
+    /// when `interrupt` says so between chunks; [`EngineError::NotFinite`], [`EngineError::Onnx`]. In each case the session is as it was.
+    pub fn feed(&mut self, tokens: &[i32], options: FeedOptions<'_>, interrupt: Interrupt<'_>) -> Result<()> {
+        self.settle(interrupt)?;
+        self.read(tokens, options, interrupt)
+    }
+
+    /// Ends the turn: the KV cache is dropped, the memory stays.
+    ///
+    /// # Errors
+    /// As [`Session::feed`], for the last sampled token, which is read first.
+    pub fn end_turn(&mut self, interrupt: Interrupt<'_>) -> Result<()> {
+        self.settle(interrupt)?;
+        self.close_turn();
+        Ok(())
+    }
+
+    /// Empties the memory and drops the turn; the sampler goes on.
+    pub fn reset(&mut self) {
+        self.abandon_turn();
+        self.memory
+            .set_front(vec![0.0; self.geometry().elements()].into());
+        self.tokens_seen = 0;
+        self.turns = 0;
+    }
+
+    /// What the session would need to go on elsewhere: memory, counters, sampler. The turn's KV cache is not in it.
+    ///
+    /// # Errors
+    /// As [`Session::feed`], for the last sampled token, which is read first.
+    pub fn snapshot(&mut self, interrupt: Interrupt<'_>) -> Result<Snapshot> {
+        self.settle(interrupt)?;
+        Snapshot::new(
+            self.geometry(),
+            self.model.fingerprint(),
+            self.memory(),
+            self.tokens_seen,
+            self.turns,
+            self.sampler.state(),
+        )
+        .map_err(|error| EngineError::Session(error.to_string()))
+    }
+
+    /// Takes up a snapshot: its memory, counters and sampler. The present turn is dropped.
+    ///
+    /// # Errors
+    /// [`EngineError::Fingerprint`] when the snapshot was written by another model; the session is as it was.
+    pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let (found, expected) = (snapshot.fingerprint(), self.model.fingerprint());
+        if found != expected || snapshot.geometry() != self.geometry() {
+            return Err(EngineError::Fingerprint {
+                found: found.to_string(),
+                expected: expected.to_string(),
+            });
+        }
+        self.abandon_turn();
+        self.memory.set_front(Arc::clone(snapshot.memory()));
+        self.tokens_seen = snapshot.tokens_seen();
+        self.turns = snapshot.turns();
+        self.sampler = Sampler::from_state(snapshot.sampler());
+        Ok(())
+    }
+
+    /// Starts the session's sampler afresh from `seed`.
+    pub fn reseed(&mut self, seed: u64) {
+        self.sampler.reseed(seed);
+    }
+
+    /// Brings what an unfinished generation left into order: its last token is read, and if it was a chat's reply the turn ends.
+    /// Every call that moves the session begins here; older generations are over from here on.
+    pub(crate) fn settle(&mut self, interrupt: Interrupt<'_>) -> Result<()> {
+        self.epoch += 1;
+        self.read_pending(None, interrupt)?;
+        if self.ends_turn {
+            self.close_turn();
+        }
+        Ok(())
+    }
+
+    /// Reads the last sampled token, if it is not read yet. At the end of the context there is no room for it, and it is let go.
+    pub(crate) fn read_pending(
+        &mut self,
+        energy: Option<&mut DeltaEnergy>,
+        interrupt: Interrupt<'_>,
+    ) -> Result<()> {
+        if let Some(Pending { token, write }) = self.pending {
+            if self.position() < self.model.context_length() {
+                self.read(
+                    &[token],
+                    FeedOptions {
+                        write,
+                        logits: None,
+                        energy,
+                    },
+                    interrupt,
+                )?;
+            }
+            self.pending = None;
+        }
+        Ok(())
+    }
+
+    /// Drops the turn's KV cache and counts the turn, if there was one.
+    pub(crate) fn close_turn(&mut self) {
+        if self.position() > 0 {
+            self.turns += 1;
+        }
+        self.abandon_turn();
+    }
+
+    fn abandon_turn(&mut self) {
+        self.epoch += 1;
+        if let Some(cache) = self.cache.take() {
+            self.model.return_cache(cache);
+        }
+        self.logits.clear();
+        self.turn.clear();
+        self.pending = None;
+        self.ends_turn = false;
+    }
+
+    /// Reads tokens, whole or not at all.
+    pub(crate) fn read(
+        &mut self,
+        tokens: &[i32],
+        options: FeedOptions<'_>,
+        interrupt: Interrupt<'_>,
+    ) -> Result<()> {
+        self.model.check_tokens(tokens)?;
+        let (position, context) = (self.position(), self.model.context_length());
+        if tokens.len() > context.saturating_sub(position) {
+            return Err(EngineError::ContextLength {
+                tokens: tokens.len(),
+                position,
+                context,
+            });
+        }
+        let vocab = self.model.vocab();
+        if let Some(logits) = &options.logits
+            && Some(logits.len()) != tokens.len().checked_mul(vocab)
+        {
+            return Err(EngineError::Session(format!(
+                "the logits' buffer holds {} numbers, expected {} x {vocab}",
+                logits.len(),
+                tokens.len()
+            )));
+        }
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let before = Before {
+            memory: self.memory(),
+            cached: self.cache.as_ref().map(KvCache::len),
+            turn: self.turn.len(),
+            tokens_seen: self.tokens_seen,
+        };
+        let result = self.read_chunks(tokens, options, interrupt);
+        match result {
+            Ok(()) => std::mem::swap(&mut self.logits, &mut self.spare_logits),
+            Err(_) => self.put_back(before),
+        }
+        result
+    }
+
+    fn read_chunks(
+        &mut self,
+        tokens: &[i32],
+        options: FeedOptions<'_>,
+        interrupt: Interrupt<'_>,
+    ) -> Result<()> {
+        let FeedOptions {
+            write,
+            mut logits,
+            mut energy,
+        } = options;
+        let vocab = self.model.vocab();
+        let pairs = self.model.energy_per_token() / 2;
+        let mut energies = Vec::new();
+        let mut cache = match self.cache.take() {
+            Some(cache) => cache,
+            None => self.model.lend_cache()?,
+        };
+        let mut outcome = Ok(());
+        for (index, chunk) in tokens.chunks(CHUNK_TOKENS).enumerate() {
+            if index > 0 && interrupt() {
+                outcome = Err(EngineError::Interrupted);
+                break;
+            }
+            let first = index * CHUNK_TOKENS;
+            let wanted = logits
+                .as_deref_mut()
+                .map(|all| &mut all[first * vocab..][..chunk.len() * vocab]);
+            if energy.is_some() {
+                energies.resize(chunk.len() * pairs * 2, 0.0);
+            }
+            outcome = self.read_chunk(
+                chunk,
+                write,
+                &mut cache,
+                wanted,
+                energy.is_some().then_some(&mut energies[..]),
+            );
+            if outcome.is_err() {
+                break;
+            }
+            if let Some(sum) = energy.as_deref_mut() {
+                sum.add(&energies, pairs);
+            }
+        }
+        self.cache = Some(cache);
+        outcome
+    }
+
+    fn read_chunk(
+        &mut self,
+        tokens: &[i32],
+        write: bool,
+        cache: &mut KvCache,
+        mut wanted: Option<&mut [f32]>,
+        energy: Option<&mut [f32]>,
+    ) -> Result<()> {
+        cache.reserve(tokens.len())?;
+        let vocab = self.model.vocab();
+        self.spare_logits.resize(vocab, 0.0);
+        let past_memory = self.memory();
+        let mut back = self.memory.take_back();
+        let present_memory = Arc::get_mut(&mut back).ok_or_else(|| {
+            EngineError::Session("a memory buffer is held where none should be; please report this".into())
+        })?;
+        let outcome = self.model.run(Chunk {
+            tokens,
+            write,
+            rows: if wanted.is_some() { Rows::All } else { Rows::Last },
+            past_memory: &past_memory,
+            present_memory,
+            kv: cache,
+            logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
+            energy,
+        });
+        if let Some(all) = wanted {
+            self.spare_logits.copy_from_slice(&all[all.len() - vocab..]);
+        }
+        let outcome = outcome.and_then(|()| {
+            if back.iter().all(|value| value.is_finite()) {
+                Ok(())
+            } else {
+                Err(EngineError::NotFinite(
+                    "the new state holds NaN or infinite numbers; check the adapter's weights (deltamem-export inspect)".into(),
+                ))
+            }
+        });
+        if outcome.is_ok() {
+            self.memory.set_front(back);
+            cache.set_len(cache.len() + tokens.len());
+            self.turn.extend_from_slice(tokens);
+            self.tokens_seen += tokens.len() as u64;
+        } else {
+            self.memory.give_back(back);
+        }
+        outcome
+    }
+
+    fn put_back(&mut self, before: Before) {
+        self.memory.set_front(before.memory);
+        match (before.cached, &mut self.cache) {
+            (Some(len), Some(cache)) => cache.set_len(len),
+            (None, cache) => {
+                if let Some(cache) = cache.take() {
+                    self.model.return_cache(cache);
+                }
+            }
+            (Some(_), None) => {}
+        }
+        self.turn.truncate(before.turn);
+        self.tokens_seen = before.tokens_seen;
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Some(cache) = self.cache.take() {
+            self.model.return_cache(cache);
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! The Python classes and the mapping of errors, nothing else: every method checks its arguments, lets the GIL go, and calls the engine
+//! once. What a class does is written in its docstring, which is the documentation that `help()` shows.
+
+mod errors;
+mod generation;
+mod model;
+mod proof;
+mod session;
+mod snapshot;
+mod tokens;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+/// What this machine and this build offer, for `deltamem doctor`.
+#[pyfunction]
+#[pyo3(signature = (library=None))]
+fn doctor(py: Python<'_>, library: Option<std::path::PathBuf>) -> PyResult<Bound<'_, PyDict>> {
+    let report = PyDict::new(py);
+    report.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    report.set_item(
+        "threads",
+        std::thread::available_parallelism().map_or(1, usize::from),
+    )?;
+    report.set_item("cpu_features", PyList::new(py, cpu_features())?)?;
+    if let Some(library) = library {
+        let runtime = deltamem_engine::Runtime::open(&library).map_err(errors::to_python)?;
+        report.set_item("ort_library", runtime.library())?;
+        report.set_item("ort_build", runtime.build_info())?;
+        report.set_item("providers", runtime.providers())?;
+    }
+    Ok(report)
+}
+
+/// The vector extensions that this processor has, of those that matter here.
+fn cpu_features() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! probe {
+            ($($feature:tt),*) => { $(if std::arch::is_x86_feature_detected!($feature) { found.push($feature); })* };
+        }
+        probe!(
+            "sse4.2",
+            "avx",
+            "f16c",
+            "fma",
+            "avx2",
+            "avx512f",
+            "avx512bw",
+            "avx512vnni",
+            "avx512bf16"
+        );
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        macro_rules! probe {
+            ($($feature:tt),*) => { $(if std::arch::is_aarch64_feature_detected!($feature) { found.push($feature); })* };
+        }
+        probe!("neon", "fp16", "dotprod", "i8mm", "bf16", "sve");
+    }
+    found
+}
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<model::Model>()?;
+    module.add_class::<model::Geometry>()?;
+    module.add_class::<session::Session>()?;
+    module.add_class::<generation::Generation>()?;
+    module.add_class::<generation::GenerationStats>()?;
+    module.add_class::<snapshot::Snapshot>()?;
+    module.add_function(wrap_pyfunction!(doctor, module)?)?;
+    module.add_function(wrap_pyfunction!(proof::scan, module)?)?;
+    Ok(())
+}

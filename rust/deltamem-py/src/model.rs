@@ -1,0 +1,250 @@
+//! `Model` and `Geometry`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use deltamem_engine::bundle::Verify;
+use deltamem_engine::{Device, LoadOptions, Runtime};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::errors::{named, to_python};
+use crate::session::Session;
+
+/// The shape of a memory: ``layers`` x ``heads`` matrices of ``rank`` x ``rank`` float32 numbers.
+#[pyclass(frozen, eq, hash, module = "deltamem_rt")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Geometry {
+    layers: usize,
+    heads: usize,
+    rank: usize,
+}
+
+impl From<deltamem_core::Geometry> for Geometry {
+    fn from(geometry: deltamem_core::Geometry) -> Self {
+        let [layers, heads, rank, _] = geometry.shape();
+        Self { layers, heads, rank }
+    }
+}
+
+#[pymethods]
+impl Geometry {
+    /// Layers that carry memory.
+    #[getter]
+    fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// State heads in each of them.
+    #[getter]
+    fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// The rank r: each head's state is r x r.
+    #[getter]
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// (layers, heads, rank, rank), the shape of ``Session.memory``.
+    #[getter]
+    fn shape(&self) -> (usize, usize, usize, usize) {
+        (self.layers, self.heads, self.rank, self.rank)
+    }
+
+    /// Bytes of one memory.
+    #[getter]
+    fn bytes(&self) -> usize {
+        self.layers * self.heads * self.rank * self.rank * size_of::<f32>()
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "Geometry(layers={}, heads={}, rank={}, bytes={})",
+            self.layers,
+            self.heads,
+            self.rank,
+            self.bytes()
+        )
+    }
+}
+
+/// A loaded bundle: a frozen language model with its δ-mem networks. Shared by any number of sessions and threads.
+///
+/// Make one with ``Model.load``; it needs ONNX Runtime (the extras ``[cpu]`` or ``[cuda]``) and neither PyTorch nor transformers.
+///
+/// Examples
+/// --------
+/// >>> model = deltamem_rt.Model.load(deltamem_rt.default_bundle())    # doctest: +SKIP
+/// >>> with model.session() as session:                                # doctest: +SKIP
+/// ...     print("".join(session.chat("My dog is called Bruno.")))
+#[pyclass(frozen, module = "deltamem_rt")]
+pub(crate) struct Model {
+    pub(crate) inner: Arc<deltamem_engine::Model>,
+}
+
+#[pymethods]
+impl Model {
+    /// Load a bundle from a directory.
+    ///
+    /// Parameters
+    /// ----------
+    /// path : str or os.PathLike
+    ///     A bundle: a directory with ``deltamem.json``, made by ``deltamem-export bundle``.
+    /// device : {"auto", "cpu", "cuda"}
+    ///     Where the graph runs. This version runs on the CPU: ``"cuda"`` raises ``DeviceError``.
+    /// threads : int, optional
+    ///     Threads for one run. By default one a core.
+    /// verify : bool
+    ///     Compare every file with its digest before ONNX Runtime sees it. False compares sizes only, for very large bundles that were
+    ///     checked before.
+    ///
+    /// Raises
+    /// ------
+    /// FileNotFoundError
+    ///     No bundle at ``path``.
+    /// BundleError
+    ///     The bundle is damaged, was edited, is of a newer format, or contradicts itself.
+    /// OnnxRuntimeNotFoundError
+    ///     Neither ``onnxruntime`` nor ``onnxruntime-gpu`` is installed; the message names both commands.
+    /// DeviceError
+    ///     The device is not there.
+    #[staticmethod]
+    #[pyo3(signature = (path, *, device="auto", threads=None, verify=true))]
+    fn load(
+        py: Python<'_>,
+        path: PathBuf,
+        device: &str,
+        threads: Option<usize>,
+        verify: bool,
+    ) -> PyResult<Self> {
+        let device = match device {
+            "auto" => Device::Auto,
+            "cpu" => Device::Cpu,
+            "cuda" => {
+                return Err(named(
+                    "DeviceError",
+                    "device='cuda': this version of deltamem-rt runs on the CPU; use device='cpu' or 'auto'"
+                        .to_owned(),
+                ));
+            }
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "device is {other:?}, expected 'auto', 'cpu' or 'cuda'"
+                )));
+            }
+        };
+        if threads == Some(0) {
+            return Err(PyValueError::new_err(
+                "threads is 0, expected at least 1, or None for one a core",
+            ));
+        }
+        let library: PathBuf = py
+            .import("deltamem_rt._onnxruntime")?
+            .getattr("find_library")?
+            .call0()?
+            .getattr("path")?
+            .extract()?;
+        let options = LoadOptions {
+            device,
+            threads: threads.unwrap_or(0),
+            verify: if verify { Verify::Full } else { Verify::Sizes },
+        };
+        let inner = py.detach(|| {
+            let runtime = Runtime::open(&library)?;
+            deltamem_engine::Model::load(runtime, &path, options)
+        });
+        Ok(Self {
+            inner: inner.map_err(to_python)?,
+        })
+    }
+
+    /// Open a session: one user's memory, empty at first.
+    ///
+    /// Sessions are independent of each other; many threads may each use one of their own over the same model.
+    ///
+    /// Parameters
+    /// ----------
+    /// name : str, optional
+    ///     A name for logs and errors.
+    #[pyo3(signature = (name=None))]
+    fn session(&self, name: Option<String>) -> Session {
+        Session::new(Arc::clone(&self.inner), name)
+    }
+
+    /// Which memories this model may load: 64 hexadecimal digits over backbone, adapter, configuration and tokenizer.
+    #[getter]
+    fn fingerprint(&self) -> String {
+        self.inner.fingerprint().to_string()
+    }
+
+    /// The memory's geometry.
+    #[getter]
+    fn geometry(&self) -> Geometry {
+        Geometry::from(self.inner.geometry())
+    }
+
+    /// The bundle's manifest (``deltamem.json``) as a new dict.
+    #[getter]
+    fn manifest<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let text = std::fs::read_to_string(self.inner.path().join("deltamem.json"))?;
+        py.import("json")?.call_method1("loads", (text,))
+    }
+
+    /// The bundle's directory.
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.inner.path().to_path_buf()
+    }
+
+    /// The most tokens that one turn may hold. The memory has no such limit.
+    #[getter]
+    fn context_length(&self) -> usize {
+        self.inner.context_length()
+    }
+
+    /// Where the graph runs.
+    #[getter]
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
+
+    /// Text to token ids, without special tokens of the tokenizer's own; those written in the text are recognised.
+    ///
+    /// Raises
+    /// ------
+    /// SessionError
+    ///     The bundle has no tokenizer.
+    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<i32>> {
+        py.detach(|| Ok(self.inner.text()?.encode(text, false)?))
+            .map_err(to_python)
+    }
+
+    /// Token ids to text; special tokens are left out.
+    ///
+    /// Raises
+    /// ------
+    /// SessionError
+    ///     The bundle has no tokenizer.
+    /// ValueError
+    ///     An id is outside the vocabulary.
+    fn decode(&self, py: Python<'_>, ids: Vec<i32>) -> PyResult<String> {
+        py.detach(|| {
+            self.inner.check_tokens(&ids)?;
+            Ok(self.inner.text()?.decode(&ids, true)?)
+        })
+        .map_err(to_python)
+    }
+
+    fn __repr__(&self) -> String {
+        let manifest = self.inner.manifest();
+        format!(
+            "Model('{}', precision='{}', geometry={}, fingerprint='{}...')",
+            manifest.name,
+            manifest.precision,
+            self.geometry().__repr__(),
+            &self.fingerprint()[..12]
+        )
+    }
+}

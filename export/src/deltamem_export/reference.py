@@ -1,0 +1,382 @@
+"""The rule of δ-mem in readable PyTorch, and `attach`, which hangs it on an unmodified Hugging Face decoder
+by hooks. It serves as the reference that the ONNX graph (`graft.py`) and the Rust core (`deltamem-core`) are
+held against, and as the module that is trained. It knows nothing of files, tokenizers, or losses.
+
+Shapes: B sequences, T tokens, L layers with a memory, H state heads, r the rank, R = H·r, G gates per head
+(r, or 1), D hidden.
+
+    q = l2(tanh(Wq h))   k = l2(tanh(Wk h))   v = Wv h          l2(x) = x / max(|x|, 1e-6), per head
+    q = Wq h             k = Wk h                               without normalize_qk
+    β = σ(Wβ h + bβ)     λ = 1 − β (coupled)  or  σ(Wλ h + bλ)
+    read = S q                                                  before the write
+    S    ← diag(keep) S − diag(erase) (S k) kᵀ + diag(write) v kᵀ
+    standard        keep λ, erase β, write β
+    lambda_outside  keep λ, erase λβ, write β
+    no_lambda       keep 1, erase β, write β
+    Δp = (alpha/r) · scale · W_Δp read                          for p of q, k, v, o
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltamem_export.adapter import DELTA_HEADS, Adapter, AdapterConfig, AttentionShape, expected_shapes
+from deltamem_export.errors import ExportError
+
+L2_EPSILON = 1e-6
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, a token at a time. A faster one with the same signature may take its place
+    (`attach(..., scan=...)`).
+
+    Args:
+        q, k, v: [B, T, H, r].
+        keep, erase, write: [B, T, H, r] for gates per row of S, [B, T, H, 1] for one gate per head.
+        state: S before the first token, [B, H, r, r]; S[i, j]: i = value row, j = key column.
+
+    Returns:
+        reads [B, T, H, r], each before its token's write, and the state after the last token [B, H, r, r].
+    """
+    reads = []
+    for t in range(q.shape[1]):
+        reads.append(torch.einsum("bhij,bhj->bhi", state, q[:, t]))  # (B, H, r)
+        recalled = torch.einsum("bhij,bhj->bhi", state, k[:, t])  # (B, H, r) of the undecayed S
+        update = write[:, t] * v[:, t] - erase[:, t] * recalled  # (B, H, r)
+        state = keep[:, t, :, :, None] * state + update[..., None] * k[:, t, :, None, :]  # (B, H, r, r)
+    return torch.stack(reads, dim=1) if reads else torch.zeros_like(q), state
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the edit and gate networks make of a layer's input, before any memory is touched."""
+
+    q: Tensor  # (B, T, H, r)
+    k: Tensor  # (B, T, H, r)
+    v: Tensor  # (B, T, H, r)
+    keep: Tensor  # (B, T, H, G)
+    erase: Tensor  # (B, T, H, G)
+    write: Tensor  # (B, T, H, G)
+    beta_logit: Tensor  # (B, T, H, G), β = σ of it
+
+
+class DeltaMemory(nn.Module):
+    """The edit and gate networks of one layer. Its parameters carry the adapter's names; it holds no
+    state."""
+
+    def __init__(
+        self, config: AdapterConfig, shape: AttentionShape, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Without `tensors`: projections uniform in ±1/√D, β's bias −1, corrections zero, so that attaching
+        changes nothing yet."""
+        super().__init__()
+        self.config = config
+        required, optional = expected_shapes(config, shape)
+        for name, size in required.items():
+            start = tensors[name].clone() if tensors is not None else _initial(name, size, config)
+            self.register_parameter(name, nn.Parameter(start.float()))
+        # Corrections that are not in use travel along, so that an adapter leaves as it came; they are not
+        # trained.
+        for name in optional:
+            if tensors is not None and name in tensors:
+                self.register_buffer(name, tensors[name].clone().float())
+
+    def propose(self, h: Tensor) -> Proposal:
+        """The networks alone. h: the attention's input, [B, T, D]."""
+        c = self.config
+        per_head = (*h.shape[:2], c.num_state_heads, c.rank)
+        per_gate = (*h.shape[:2], c.num_state_heads, c.gates_per_head)
+        q = F.linear(h, self.memory_q_proj).view(per_head)  # (B, T, H, r)
+        k = F.linear(h, self.memory_k_proj).view(per_head)  # (B, T, H, r)
+        v = F.linear(h, self.memory_v_proj).view(per_head)  # (B, T, H, r)
+        if c.normalize_qk:
+            q, k = _l2(q.tanh()), _l2(k.tanh())
+        beta_logit = F.linear(h, self.beta_proj, self.beta_bias).view(per_gate)  # (B, T, H, G)
+        beta = beta_logit.sigmoid()
+        if c.state_update_mode == "no_lambda":
+            keep = torch.ones_like(beta)
+        elif c.couple_lambda:
+            keep = (-beta_logit).sigmoid()  # 1 − β with its digits kept when β is close to 1
+        else:
+            keep = F.linear(h, self.lambda_proj, self.lambda_bias).view(per_gate).sigmoid()  # (B, T, H, G)
+        erase = keep * beta if c.state_update_mode == "lambda_outside" else beta
+        return Proposal(q, k, v, keep, erase, beta, beta_logit)
+
+    def corrections(self, reads: Tensor) -> dict[str, Tensor]:
+        """Δ of each delta head from the reads [B, T, H, r]: head → [B, T, width of its projection]."""
+        c = self.config
+        flat = reads.flatten(-2)  # (B, T, R)
+        deltas = {}
+        for p in c.delta_heads:
+            delta = F.linear(flat, self.get_parameter(f"delta_{p}_proj")) * (c.scaling * self.scale(p))
+            if p == "o" and c.delta_o_rmsnorm:
+                delta = F.rms_norm(
+                    delta, delta.shape[-1:], self.delta_o_rmsnorm_weight, c.delta_o_rmsnorm_eps
+                )
+            deltas[p] = delta
+        return deltas
+
+    def scale(self, head: str) -> Tensor | float:
+        """The trained factor on top of alpha/r: σ(raw)·max, or 1."""
+        if not self.config.trainable_delta_scale:
+            return 1.0
+        i = DELTA_HEADS.index(head) if self.config.delta_scale_granularity == "head" else 0
+        return self.delta_scale_raw[i].sigmoid() * self.config.delta_scale_max
+
+
+class MemoryHandle(nn.Module):
+    """The memories of one attached decoder: their networks (`layers`), and the state, which is explicit.
+
+    Attributes:
+        state: [B, L, H, r, r], float32; None until `reset` or the first call, which starts from zero.
+            Assigning sets it. It carries gradients from call to call; `state = state.detach()` cuts them.
+        writes: False: the memory reads only.
+        write_mask: [B, T] or None; 1: the token may write, 0: it only reads.
+        record: True: `recorded` keeps each layer's Proposal of the last call.
+        scan: the recurrence in use.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: AdapterConfig, layers: Mapping[int, DeltaMemory], scan: Scan
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_indices = tuple(sorted(layers))
+        self.layers = nn.ModuleDict({str(i): layers[i] for i in self.layer_indices})
+        self.scan: Scan = scan
+        self.writes = True
+        self.write_mask: Tensor | None = None
+        self.record = False
+        self.recorded: dict[int, Proposal] = {}
+        self._states: list[Tensor] | None = None
+        self._deltas: dict[int, dict[str, Tensor]] = {}
+        self._hooks: list[Any] = []
+        for i, attention in enumerate(attentions(model)):
+            if i in layers:
+                self._hang(i, attention)
+
+    @property
+    def state(self) -> Tensor | None:
+        return None if self._states is None else torch.stack(self._states, dim=1)
+
+    @state.setter
+    def state(self, value: Tensor | None) -> None:
+        if value is None:
+            self._states = None
+            return
+        c = self.config
+        want = (len(self.layer_indices), c.num_state_heads, c.rank, c.rank)
+        if value.ndim != 5 or tuple(value.shape[1:]) != want:
+            raise ValueError(
+                f"state has shape {list(value.shape)}, expected [B, {', '.join(map(str, want))}]"
+            )
+        self._states = list(value.unbind(dim=1))
+
+    def reset(self, batch: int = 1) -> None:
+        """Empty memories for `batch` sequences; the first read after it is zero."""
+        c = self.config
+        parameter = next(self.parameters())
+        self.state = parameter.new_zeros(batch, len(self.layer_indices), c.num_state_heads, c.rank, c.rank)
+        self.recorded = {}
+
+    def adapter(self) -> Adapter:
+        """The networks as they are now, ready to be saved."""
+        return Adapter(
+            self.config,
+            {
+                int(i): {name: t.detach().cpu().float().clone() for name, t in layer.state_dict().items()}
+                for i, layer in self.layers.items()
+            },
+        )
+
+    def detach_hooks(self) -> None:
+        """Leaves the decoder as it was found."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    # ------------------------------------------------------------------ hooks
+
+    def _hang(self, i: int, attention: nn.Module) -> None:
+        heads = set(self.config.delta_heads)
+        self._hooks.append(
+            attention.register_forward_pre_hook(partial(self._before_attention, i), with_kwargs=True)
+        )
+        self._hooks.append(attention.register_forward_hook(partial(self._after_attention, i)))
+        packed = getattr(attention, "qkv_proj", None)
+        if packed is not None and heads & {"q", "k", "v"}:
+            hook = partial(self._correct_packed, i, attention_shape(attention))
+            self._hooks.append(packed.register_forward_hook(hook))
+        for p in heads & ({"o"} if packed is not None else set(DELTA_HEADS)):
+            self._hooks.append(
+                attention.get_submodule(f"{p}_proj").register_forward_hook(partial(self._correct, i, p))
+            )
+
+    def _before_attention(
+        self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self._deltas[i] = self._step(i, h)
+
+    def _after_attention(self, i: int, *_: Any) -> None:
+        del self._deltas[i]
+
+    def _correct(self, i: int, head: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + self._deltas[i][head].to(output.dtype)
+
+    def _correct_packed(
+        self, i: int, shape: AttentionShape, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        parts = zip("qkv", output.split([shape.q, shape.k, shape.v], dim=-1), strict=True)
+        deltas = self._deltas[i]
+        return torch.cat(
+            [part + deltas[p].to(part.dtype) if p in deltas else part for p, part in parts], dim=-1
+        )
+
+    def _step(self, i: int, h: Tensor) -> dict[str, Tensor]:
+        """One layer's whole turn: propose, read and write, correct. h: [B, T, D]."""
+        if self._states is None:
+            self.reset(h.shape[0])
+        assert self._states is not None
+        at = self.layer_indices.index(i)
+        state = self._states[at]  # (B, H, r, r)
+        if state.shape[0] != h.shape[0]:
+            raise ValueError(
+                f"the state is of {state.shape[0]} sequences, the call of {h.shape[0]}; reset({h.shape[0]}) "
+                "first"
+            )
+        layer: DeltaMemory = self.layers[str(i)]  # type: ignore[assignment]
+        proposal = layer.propose(h.to(state.dtype))
+        if self.record:
+            self.recorded[i] = proposal
+        keep, erase, write = proposal.keep, proposal.erase, proposal.write  # (B, T, H, G)
+        if not self.writes:
+            keep, erase, write = torch.ones_like(keep), torch.zeros_like(erase), torch.zeros_like(write)
+        elif self.write_mask is not None:
+            if self.write_mask.shape != h.shape[:2]:
+                raise ValueError(
+                    f"write_mask has shape {list(self.write_mask.shape)}, expected {list(h.shape[:2])}"
+                )
+            may = (self.write_mask != 0)[:, :, None, None]  # (B, T, 1, 1)
+            keep, erase, write = (
+                torch.where(may, keep, 1),
+                torch.where(may, erase, 0),
+                torch.where(may, write, 0),
+            )
+        reads, self._states[at] = self.scan(proposal.q, proposal.k, proposal.v, keep, erase, write, state)
+        return layer.corrections(reads)
+
+
+def attach(model: nn.Module, adapter: Adapter | AdapterConfig, scan: Scan = scan) -> MemoryHandle:
+    """Hangs memories on a Hugging Face decoder. The decoder's code and weights stay as they are;
+    `detach_hooks` undoes it.
+
+    Args:
+        model: a causal language model whose layers have `self_attn` with q/k/v/o projections, or a packed
+            `qkv_proj`.
+        adapter: a trained adapter, or settings alone for one that is yet to be trained.
+        scan: the recurrence; see `scan` in this module for its contract.
+
+    Returns:
+        the handle, on the decoder's device. Its parameters (float32) ask for gradients; the decoder's are
+        left as they are.
+
+    Raises:
+        AdapterError: the adapter does not fit this decoder.
+        ExportError: the decoder has no attention that can be hooked, or the write granularity is not `token`.
+    """
+    config = adapter.config if isinstance(adapter, Adapter) else adapter
+    if config.memory_write_granularity != "token":
+        raise ExportError(
+            f"setting memory_write_granularity is {config.memory_write_granularity!r}; only 'token' is "
+            "implemented, the others come with a later release"
+        )
+    shapes = [attention_shape(attention) for attention in attentions(model)]
+    if isinstance(adapter, Adapter):
+        wanted = adapter.check_backbone(shapes)
+        layers = {i: DeltaMemory(config, shapes[i], adapter.layers[i]) for i in wanted}
+    else:
+        layers = {i: DeltaMemory(config, shapes[i]) for i in config.memory_layers(len(shapes))}
+    handle = MemoryHandle(model, config, layers, scan)
+    return handle.to(next(model.parameters()).device)
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention module of every layer, first to last.
+
+    Raises:
+        ExportError: a layer without one.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if layers is None:
+        raise ExportError(f"{type(model).__name__} has no model.layers; its attention cannot be found")
+    found = [getattr(layer, "self_attn", None) for layer in layers]
+    if None in found:
+        raise ExportError(
+            f"{type(model).__name__}: layer {found.index(None)} has no self_attn; its attention cannot be "
+            "found"
+        )
+    return [module for module in found if module is not None]
+
+
+def attention_shape(attention: nn.Module) -> AttentionShape:
+    """The widths of an attention's input and projections, from its weights.
+
+    Raises:
+        ExportError: it has neither q_proj, k_proj and v_proj, nor qkv_proj, with o_proj.
+    """
+    o = getattr(attention, "o_proj", None)
+    packed = getattr(attention, "qkv_proj", None)
+    separate = [getattr(attention, f"{p}_proj", None) for p in "qkv"]
+    if o is None or (packed is None and None in separate):
+        raise ExportError(
+            f"{type(attention).__name__} has no q_proj, k_proj, v_proj (or qkv_proj) and o_proj; its "
+            "projections cannot be hooked"
+        )
+    if packed is not None:
+        q = int(o.in_features)
+        kv = (int(packed.out_features) - q) // 2
+        return AttentionShape(int(packed.in_features), q, kv, kv, int(o.out_features))
+    q_proj, k_proj, v_proj = separate
+    assert q_proj is not None
+    assert k_proj is not None
+    assert v_proj is not None
+    return AttentionShape(
+        int(q_proj.in_features),
+        int(q_proj.out_features),
+        int(k_proj.out_features),
+        int(v_proj.out_features),
+        int(o.out_features),
+    )
+
+
+def _l2(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-6) over the last axis."""
+    return F.normalize(x, dim=-1, eps=L2_EPSILON)
+
+
+def _initial(name: str, size: tuple[int, ...], config: AdapterConfig) -> Tensor:
+    if name == "beta_bias":
+        return torch.full(size, -1.0)
+    if name == "lambda_bias":
+        return torch.full(size, 4.0)
+    if name == "delta_o_rmsnorm_weight":
+        return torch.ones(size)
+    if name == "delta_scale_raw":
+        # σ(raw)·max = 1, or half of max where that cannot be
+        start = 1.0 / config.delta_scale_max if config.delta_scale_max > 1.0 else 0.5
+        return torch.full(size, start).logit()
+    if name.startswith("delta_"):
+        return torch.zeros(size)
+    return (torch.rand(size) * 2 - 1) / size[1] ** 0.5

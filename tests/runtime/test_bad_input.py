@@ -79,7 +79,7 @@ def test_every_form_of_ids_is_the_same_stream(ids_model: dm.Model) -> None:
     ("options", "error", "message"),
     [
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
-        ({"max_new_tokens": -1}, OverflowError, ""),
+        ({"max_new_tokens": -1}, OverflowError, "negative"),
         ({"temperature": -1.0}, ValueError, "temperature is -1"),
         ({"temperature": float("nan")}, ValueError, "temperature is NaN"),
         ({"top_p": 0.0}, ValueError, "top_p is 0"),
@@ -91,7 +91,7 @@ def test_every_form_of_ids_is_the_same_stream(ids_model: dm.Model) -> None:
         ({"stop": [""]}, ValueError, "empty text"),
         ({"stop": ["a"]}, dm.SessionError, "no tokenizer"),
         ({"prompt": [999]}, ValueError, "token id 999"),
-        ({"seed": -1}, OverflowError, ""),
+        ({"seed": -1}, OverflowError, "negative"),
     ],
 )
 def test_what_cannot_be_generated(session: dm.Session, options: dict, error: type[Exception], message: str) -> None:
@@ -130,7 +130,7 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
         ({"device": "tpu"}, ValueError, "expected 'auto', 'cpu' or 'cuda'"),
         ({"device": "cuda"}, dm.DeviceError, "CPU"),
         ({"threads": 0}, ValueError, "threads is 0"),
-        ({"threads": -1}, OverflowError, ""),
+        ({"threads": -1}, OverflowError, "negative"),
     ],
 )
 def test_what_cannot_be_loaded(ids_model: dm.Model, options: dict, error: type[Exception], message: str) -> None:

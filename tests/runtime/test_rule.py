@@ -1,0 +1,89 @@
+"""The Rust rule against the NumPy oracle over random shapes, ranks, heads, modes, gates and masks.
+
+Its twins in PyTorch and ONNX are held against the same oracle in tests/export; the test at the end holds all three side by side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deltamem_rt as dm
+
+
+def oracle(q, k, v, keep, erase, write, state, mask):
+    """The rule in float64, a line an operation: arXiv 2605.12357, as docs/architecture.md writes it."""
+    q, k, v, keep, erase, write, state = (x.astype(np.float64) for x in (q, k, v, keep, erase, write, state))
+    reads = np.zeros_like(q)
+    for t in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            S = state[head]
+            reads[t, head] = S @ q[t, head]
+            if mask[t]:
+                recalled = S @ k[t, head]
+                state[head] = (
+                    keep[t, head][:, None] * S
+                    - (erase[t, head] * recalled)[:, None] * k[t, head]
+                    + (write[t, head] * v[t, head])[:, None] * k[t, head]
+                )
+    return reads, state
+
+
+@st.composite
+def streams(draw):
+    tokens, heads, rank = draw(st.integers(0, 40)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 33, 64]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    gates = rank if draw(st.booleans()) else 1
+    mode = draw(st.sampled_from(["standard", "lambda_outside", "no_lambda"]))
+    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)  # noqa: E731
+    q, k, v = (rng.standard_normal((tokens, heads, rank)).astype(np.float32) for _ in range(3))
+    beta = 1 / (1 + np.exp(-rng.normal(0, 3, (tokens, heads, gates)))).astype(np.float32)
+    lam = 1 - beta
+    keep, erase, write = {
+        "standard": (lam, beta, beta),
+        "lambda_outside": (lam, lam * beta, beta),
+        "no_lambda": (np.ones_like(beta), beta, beta),
+    }[mode]
+    mask = rng.random(tokens) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    state = rng.standard_normal((heads, rank, rank)).astype(np.float32)
+    return unit(np.tanh(q)), unit(np.tanh(k)), v, keep, erase, write, state, mask
+
+
+@settings(max_examples=150, deadline=None)
+@given(stream=streams())
+def test_the_rust_rule_equals_the_oracle(stream) -> None:
+    *arrays, mask = stream
+    before = arrays[-1].copy()
+    reads, state = dm.scan(*arrays, mask=mask)
+    expected_reads, expected_state = oracle(*arrays, mask)
+    np.testing.assert_allclose(reads, expected_reads, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(state, expected_state, rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(arrays[-1], before)
+    if not mask.any():
+        np.testing.assert_array_equal(state, before)
+
+
+@settings(max_examples=50, deadline=None)
+@given(stream=streams(), cut=st.integers(0, 40))
+def test_any_split_gives_the_same_bits(stream, cut: int) -> None:
+    *arrays, state, mask = stream
+    reads, final = dm.scan(*arrays, state, mask=mask)
+    first, middle = dm.scan(*(x[:cut] for x in arrays), state, mask=mask[:cut])
+    second, last = dm.scan(*(x[cut:] for x in arrays), middle, mask=mask[cut:])
+    np.testing.assert_array_equal(np.concatenate([first, second]), reads)
+    np.testing.assert_array_equal(last, final)
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
+    good = {name: ones(5, 2, 4) for name in ("q", "k", "v", "keep", "erase", "write")} | {"state": ones(2, 4, 4)}
+    dm.scan(**good)
+    for name, bad in [("k", ones(5, 2, 3)), ("v", ones(4, 2, 4)), ("write", ones(5, 2, 1)), ("state", ones(2, 4, 3))]:
+        with pytest.raises(ValueError, match="expected"):
+            dm.scan(**(good | {name: bad}))
+    with pytest.raises(ValueError, match="expected"):
+        dm.scan(**good, mask=np.ones(4, bool))
+    with pytest.raises(TypeError):
+        dm.scan(**(good | {"q": np.ones((5, 2, 4))}))

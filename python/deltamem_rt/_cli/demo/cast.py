@@ -1,0 +1,112 @@
+"""Who is in the demo and what they tell: drawn afresh from the bundle's demo.json by one seed. It knows nothing of models."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamem_rt._cli.arguments import UsageError
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that one person tells and is asked about later."""
+
+    relation: str
+    value: str
+    told: str
+    question: str
+    values: tuple[str, ...]
+    """Every value that the relation can have: what a guess would choose from."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody with facts of their own."""
+
+    number: int
+    facts: tuple[Fact, ...]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A kind of fact: its values, and phrasings to tell it (with a place for the value) and to ask for it."""
+
+    name: str
+    values: tuple[str, ...]
+    tell: tuple[str, ...]
+    ask: tuple[str, ...]
+
+
+def read_relations(path: Path) -> list[Relation]:
+    """The relations of a demo.json. Raises UsageError when the file is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        relations = [_relation(entry) for entry in content["relations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no file of facts for the demo: {type(error).__name__}: {error}") from None
+    if not relations:
+        raise UsageError(f"{path} holds no relations")
+    return relations
+
+
+def _relation(entry: dict[str, Any]) -> Relation:
+    relation = Relation(str(entry["name"]), *(tuple(map(str, entry[key])) for key in ("values", "tell", "ask")))
+    if len(relation.values) < 2 or not relation.tell or not relation.ask:
+        raise ValueError(f"relation {relation.name!r} needs two values, a way to tell it and a way to ask for it")
+    if any("{value}" not in phrase for phrase in relation.tell):
+        raise ValueError(f"relation {relation.name!r} has a way to tell it with no place for {{value}}")
+    return relation
+
+
+def draw(relations: list[Relation], rng: random.Random, people: int, facts: int) -> list[Person]:
+    """Draws `people` persons with `facts` different relations each; value and phrasings are drawn for each fact."""
+    if facts > len(relations):
+        raise UsageError(f"--facts {facts} is more than the {len(relations)} kinds of fact that the demo has")
+    return [
+        Person(number, tuple(_fact(relation, rng) for relation in rng.sample(relations, facts)))
+        for number in range(1, people + 1)
+    ]
+
+
+def _fact(relation: Relation, rng: random.Random) -> Fact:
+    value = rng.choice(relation.values)
+    told = rng.choice(relation.tell).replace("{value}", value)
+    return Fact(relation.name, value, told, rng.choice(relation.ask), relation.values)
+
+
+def is_right(reply: str, fact: Fact) -> bool:
+    """Whether the reply says the true value, as whole words, and no other value of the same relation."""
+    words = _words(reply)
+    rest, found = _without(words, _words(fact.value))
+    return found and not any(_without(rest, _words(value))[1] for value in fact.values if value != fact.value)
+
+
+def chance(people: list[Person]) -> float:
+    """What guessing among a relation's values would score on the questions of these people."""
+    facts = [fact for person in people for fact in person.facts]
+    return sum(1 / len(fact.values) for fact in facts) / len(facts)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _without(words: list[str], wanted: list[str]) -> tuple[list[str], bool]:
+    """The words with every occurrence of the `wanted` run taken out, a gap left in its place, and whether there was one."""
+    rest: list[str] = []
+    found = False
+    at = 0
+    while at < len(words):
+        if wanted and words[at : at + len(wanted)] == wanted:
+            rest.append("")
+            found = True
+            at += len(wanted)
+        else:
+            rest.append(words[at])
+            at += 1
+    return rest, found

@@ -1,0 +1,276 @@
+"""What the demo shows while it runs, for a person at a terminal; with --json nothing is shown. It measures nothing itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from deltamem_rt._cli.terminal import Terminal, columns, duration, pad, shorten, size
+from deltamem_rt._native import Model
+
+from .cast import Fact, Person
+from .cost import MARKS, Cost
+from .restart import Restart
+
+SHOWN = 2
+"""People whose answers are shown in full."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A fact as it was told, and what the model said to it."""
+
+    person: int
+    message: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question: the truth, and the replies with memory and without."""
+
+    person: int
+    fact: Fact
+    reply: str
+    right: bool
+    blank: str
+    blank_right: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as it stands in the JSON output."""
+        return {
+            "person": self.person,
+            "relation": self.fact.relation,
+            "told": self.fact.told,
+            "question": self.fact.question,
+            "truth": self.fact.value,
+            "with_memory": self.reply,
+            "with_memory_right": self.right,
+            "without_memory": self.blank,
+            "without_memory_right": self.blank_right,
+        }
+
+
+class Silent:
+    """A report that shows nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+class Report(Silent):
+    """The demo, told to a person."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.facts = 0
+        self.people = 0
+        self.count = 0
+
+    def begin(self, model: Model, seed: int, loading_s: float, people: list[Person]) -> None:
+        """What is about to be seen."""
+        show, t = self.terminal.line, self.terminal
+        self.people, self.facts = len(people), sum(len(person.facts) for person in people)
+        name = model.manifest.get("name") or model.path.name
+        weights = sum(file.stat().st_size for file in model.path.glob("model.onnx*"))
+        show()
+        show(f"  {t.bold('δ-mem: a frozen model that remembers')}    {name}, seed {seed}")
+        show(
+            t.dim(
+                f"  {size(weights)} of weights on {model.device}, loaded in {duration(loading_s)}. They never change; "
+                f"a person's memory is {size(model.geometry.bytes)}."
+            )
+        )
+        self._heading(
+            1,
+            f"{self.people} {'people tell' if self.people > 1 else 'person tells'} {len(people[0].facts)} facts each",
+            "Every message is a turn of its own. When it ends, its context is gone; only the memory goes on.",
+        )
+
+    def told(self, turn: Told) -> None:
+        """A fact was told."""
+        self.count += 1
+        if turn.person == 1:
+            self.terminal.progress_done()
+            self.terminal.line(f"    {self.terminal.accent('person 1')}  {turn.message}")
+            self.terminal.line(self.terminal.dim(f"       model  {shorten(turn.reply, self.terminal.width - 16)}"))
+        else:
+            self.terminal.progress(f"    person {turn.person}  {turn.message}   ({self.count} of {self.facts})")
+
+    def all_told(self, seconds: float) -> None:
+        """All facts were told."""
+        self.terminal.progress_done()
+        others = (
+            f" The other {self.people - 1} told theirs in between, each to a memory of their own."
+            if self.people > 1
+            else ""
+        )
+        self.terminal.line(f"    {self.facts} turns in {duration(seconds)}.{others}")
+
+    def restarted(self, again: Restart) -> None:
+        """Another process took a memory over."""
+        t = self.terminal
+        self._heading(2, "The process restarts", "Person 1's memory goes into a file, and a new process takes it up.")
+        verdict = t.good("the same, bit for bit") if again.same_bytes else t.bad("NOT the same")
+        t.line(
+            f"    {size(again.snapshot_bytes)} written. Processes {os.getpid()} and {again.pid} each read {again.tokens} more tokens:"
+        )
+        t.line(f"    their memories are {verdict}.")
+        t.line(t.dim(f"    process {again.pid} was asked: {again.question}"))
+        t.line(t.dim(f"    and said: {shorten(again.reply, t.width - 16)}"))
+
+    def streaming(self, person: int, people: int, tokens: int) -> None:
+        """Talk goes by."""
+        self.terminal.progress(f"    person {person} of {people}, {tokens:,} tokens")
+
+    def streamed(self, source: str, opening: str, each: int, tokens: int, seconds: float) -> None:
+        """Talk has gone by."""
+        self.terminal.progress_done()
+        self._heading(
+            3,
+            "Other talk goes by",
+            f"Each person hears {each:,} tokens of {source}, from another place in it.",
+        )
+        self.terminal.line(self.terminal.dim(f"    “{shorten(opening, self.terminal.width - 8)}”"))
+        self.terminal.line(f"    {tokens:,} tokens in {duration(seconds)}, written into {self.people} memories.")
+
+    def asked(self, row: Row) -> None:
+        """A question was asked and answered, by both."""
+        t = self.terminal
+        widths = self._widths()
+        if row.person == 1 and self.count:
+            self.count = 0
+            self._heading(
+                4,
+                "The questions",
+                "Same model, same words; on the left with the memory, in the middle without one.",
+            )
+            head = (
+                " " * 4,
+                pad("", widths[0]),
+                pad("with memory", widths[1] + 2),
+                pad("without", widths[2] + 2),
+                "truth",
+            )
+            t.line(t.dim(" ".join(head)))
+        if row.person > SHOWN:
+            t.progress(f"    person {row.person}  {row.fact.question}")
+            return
+        self.terminal.line(
+            " ".join(
+                (
+                    t.accent(pad(str(row.person), 4).rjust(4)),
+                    pad(row.fact.question, widths[0]),
+                    self._mark(row.right),
+                    pad(row.reply, widths[1]),
+                    self._mark(row.blank_right),
+                    t.dim(pad(row.blank, widths[2])),
+                    t.bold(row.fact.value),
+                )
+            )
+        )
+
+    def all_asked(self, rows: list[Row], by_chance: float) -> None:
+        """All questions were asked."""
+        t = self.terminal
+        t.progress_done()
+        right, blank = sum(row.right for row in rows), sum(row.blank_right for row in rows)
+        t.line()
+        self._same_question(rows)
+        t.line(
+            f"    of {len(rows)} answers right:  with memory {t.bold(t.good(f'{right} ({right / len(rows):.1%})'))}   "
+            f"without {t.bold(f'{blank} ({blank / len(rows):.1%})')}   guessing {by_chance:.1%}"
+        )
+        wrong = [row for row in rows if not row.right]
+        for row in wrong[:3]:
+            t.line(
+                t.dim(
+                    f"    wrong: person {row.person}, {row.fact.question} {shorten(row.reply, 40)} (truth: {row.fact.value})"
+                )
+            )
+
+    def _same_question(self, rows: list[Row]) -> None:
+        """Two people who were asked for the same thing and told different values: whose memory is it?"""
+        for row in rows:
+            for other in rows:
+                if (
+                    other.person > row.person
+                    and other.fact.relation == row.fact.relation
+                    and other.fact.value != row.fact.value
+                ):
+                    if not (row.right and other.right):
+                        continue
+                    t = self.terminal
+                    t.line(
+                        f"    {len(rows) and self.people} people, one model: asked for the same thing, each gets their own."
+                    )
+                    for one in (row, other):
+                        text = f"person {one.person}: {one.fact.question}  {one.reply}"
+                        t.line(t.dim(f"      {shorten(text, t.width - 8)}"))
+                    t.line()
+                    return
+
+    def progress(self, text: str) -> None:
+        """A long step goes on."""
+        self.terminal.progress(f"    {text}")
+
+    def priced(self, price: Cost) -> None:
+        """The cost of a turn was measured."""
+        t = self.terminal
+        t.progress_done()
+        self._heading(
+            5,
+            "What a turn costs",
+            "From the message to the first token of the reply, after so many tokens of history.",
+        )
+        marks = [mark for mark in MARKS if mark in price.reread_ms]
+        t.line(t.dim("    " + pad("tokens of history", 20) + "".join(f"{mark:>13,}" for mark in marks)))
+        with_memory = [
+            duration(price.turn_ms[mark] / 1e3) if mark in price.turn_ms else "not reached" for mark in marks
+        ]
+        t.line("    " + pad("with the memory", 20) + t.good("".join(f"{text:>13}" for text in with_memory)))
+        stars = {
+            how: "*" * number for number, how in enumerate(dict.fromkeys(price.reread_how[mark] for mark in marks))
+        }
+        again = [duration(price.reread_ms[mark] / 1e3) + stars[price.reread_how[mark]] for mark in marks]
+        t.line("    " + pad("reading it again", 20) + "".join(f"{text:>13}" for text in again))
+        for how, star in stars.items():
+            if star:
+                t.line(t.dim(f"    {star} {how}"))
+        t.line(
+            t.dim(
+                f"    measured: one session streamed {price.streamed_tokens:,} tokens ({price.tokens_per_second:,.0f} a second) and was timed"
+            )
+        )
+        t.line(
+            t.dim(
+                "    at each mark, median of 7 turns. Re-reading is the same engine and model reading those tokens anew."
+            )
+        )
+
+    def end(self, memory_bytes: int, seconds: float) -> None:
+        """The demo is over."""
+        t = self.terminal
+        t.line()
+        t.line(
+            f"  All of it in {memory_bytes:,} bytes a person and {duration(seconds)}. Talk to it yourself: {t.bold('deltamem chat')}"
+        )
+        t.line()
+
+    def _heading(self, number: int, title: str, text: str) -> None:
+        t = self.terminal
+        t.line()
+        t.line(f"  {t.bold(f'{number}  {title}')}")
+        if columns(text) > t.width - 6:
+            text = shorten(text, t.width - 6)
+        t.line(t.dim(f"     {text}"))
+
+    def _widths(self) -> tuple[int, int, int]:
+        """Columns for question, reply, and reply without memory."""
+        room = max(60, self.terminal.width) - 4 - 4 - 16 - 6
+        question = room * 36 // 100
+        return question, room * 36 // 100, room - 2 * question
+
+    def _mark(self, right: bool) -> str:
+        return self.terminal.good("✓") if right else self.terminal.bad("✗")

@@ -1,0 +1,117 @@
+"""`deltamem doctor`: what this machine and this installation have, and whether a model can run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from deltamem_rt import _native
+from deltamem_rt._default import default_bundle
+from deltamem_rt._onnxruntime import ENVIRONMENT_VARIABLE, INSTALL, find_library
+from deltamem_rt.errors import DeltaMemError
+
+from .arguments import Commands
+from .terminal import Terminal, pairs
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is installed, and whether a model can run",
+        description="Prints versions, the ONNX Runtime library and its providers, the processor's vector extensions and threads. "
+        "Exit code 1: no model can run here, and the last line says why.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    report = examine()
+    if options.json:
+        print(json.dumps(report, indent=2, default=str))
+    else:
+        _show(report, Terminal())
+    return 0 if report["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything that the command prints, by name; `problem` is None where a model can run."""
+    report: dict[str, Any] = {
+        "ok": False,
+        "problem": None,
+        "version": _native.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "numpy": _version_of("numpy"),
+        "default_bundle": None,
+    }
+    try:
+        library = find_library()
+        report |= {
+            "ort_distribution": library.distribution,
+            "ort_version": library.version,
+            "ort_library": str(library.path),
+        }
+        report |= _native.doctor(library.path)
+        report["ok"] = True
+    except DeltaMemError as error:
+        report["problem"] = str(error)
+        report = _native.doctor() | report
+    try:
+        report["default_bundle"] = str(default_bundle())
+    except FileNotFoundError as error:
+        report["default_bundle_problem"] = str(error)
+    return report
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _show(report: dict[str, Any], terminal: Terminal) -> None:
+    def known(key: str) -> str:
+        value = report.get(key)
+        if isinstance(value, list):
+            return ", ".join(str(item) for item in value) or "none"
+        return "-" if value is None else str(value)
+
+    distribution = report.get("ort_distribution")
+    origin = (
+        f"from {distribution}"
+        if distribution
+        else f"named by {ENVIRONMENT_VARIABLE}"
+        if os.environ.get(ENVIRONMENT_VARIABLE)
+        else ""
+    )
+    terminal.line(terminal.bold(f"deltamem-rt {known('version')}"))
+    rows = [
+        ("Python", f"{known('python')}  {sys.executable}"),
+        ("platform", known("platform")),
+        ("NumPy", known("numpy")),
+        ("ONNX Runtime", f"{known('ort_version')} {origin}".rstrip()),
+        ("library", known("ort_library")),
+        ("build", known("ort_build")),
+        ("providers", known("providers")),
+        ("CPU features", known("cpu_features")),
+        ("threads", known("threads")),
+        ("default bundle", report.get("default_bundle") or known("default_bundle_problem")),
+    ]
+    for line in pairs(rows):
+        terminal.line(line)
+    if report["ok"]:
+        terminal.line(terminal.good("models can run here"))
+    else:
+        problem = report["problem"]
+        terminal.line(
+            terminal.bad(f"no model can run here: {problem}" + ("" if "pip install" in problem else f"; {INSTALL}"))
+        )

@@ -64,3 +64,103 @@ impl Gate {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::float_cmp)]
+    use super::*;
+
+    const MODES: [UpdateMode; 3] = [
+        UpdateMode::Standard,
+        UpdateMode::LambdaOutside,
+        UpdateMode::NoLambda,
+    ];
+
+    #[test]
+    fn l2_makes_unit_vectors_head_by_head() {
+        let mut x = [3.0, 4.0, 0.0, -0.5];
+        l2_normalize(&mut x, 2);
+        assert_eq!(x, [0.6, 0.8, 0.0, -1.0]);
+    }
+
+    #[test]
+    fn l2_of_nothing_is_nothing_and_of_almost_nothing_is_bounded_by_its_epsilon() {
+        let mut zeros = [0.0, -0.0, 0.0, 0.0];
+        l2_normalize(&mut zeros, 4);
+        assert_eq!(zeros, [0.0; 4]);
+        // Shorter than 1e-6: divided by 1e-6, not by its own length.
+        let mut short = [5e-7, 0.0];
+        l2_normalize(&mut short, 2);
+        assert!((short[0] - 0.5).abs() < 1e-6);
+        // At the limit both are the same.
+        let mut limit = [1e-6];
+        l2_normalize(&mut limit, 1);
+        assert!((limit[0] - 1.0).abs() < 1e-6);
+        // Squares below the smallest float vanish; the result is finite.
+        let mut tiny = [f32::MIN_POSITIVE, 1e-30];
+        l2_normalize(&mut tiny, 2);
+        assert!(tiny.iter().all(|value| value.is_finite() && *value < 1e-20));
+        l2_normalize(&mut [], 4);
+        l2_normalize(&mut [1.0], 0);
+    }
+
+    #[test]
+    fn sigmoid_is_finite_and_symmetric_everywhere() {
+        for x in [
+            0.0,
+            1e-30,
+            0.5,
+            1.0,
+            10.0,
+            50.0,
+            88.0,
+            200.0,
+            f32::MAX,
+            f32::INFINITY,
+        ] {
+            let (up, down) = (sigmoid(x), sigmoid(-x));
+            assert!(
+                (0.5..=1.0).contains(&up) && (0.0..=0.5).contains(&down),
+                "σ(±{x}) = {up}, {down}"
+            );
+            assert!((up + down - 1.0).abs() < 1e-6);
+            let exact = 1.0 / (1.0 + (-f64::from(x)).exp());
+            assert!((f64::from(up) - exact).abs() < 1e-6);
+        }
+        // 1 − σ(20) would be 0 in f32 with few digits left; σ(−20) keeps them.
+        assert!((f64::from(sigmoid(-20.0)) / (1.0 / (1.0 + 20_f64.exp())) - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn gates_follow_the_mode() {
+        for (beta_logit, lambda_logit) in [(0.0, None), (2.0, None), (-3.0, Some(1.5)), (30.0, Some(-30.0))] {
+            let beta = sigmoid(beta_logit);
+            let lambda = lambda_logit.map_or(sigmoid(-beta_logit), sigmoid);
+            let [standard, outside, none] = MODES.map(|mode| Gate::new(mode, beta_logit, lambda_logit));
+            assert_eq!(
+                standard,
+                Gate {
+                    keep: lambda,
+                    erase: beta,
+                    write: beta
+                }
+            );
+            assert_eq!(
+                outside,
+                Gate {
+                    keep: lambda,
+                    erase: lambda * beta,
+                    write: beta
+                }
+            );
+            assert_eq!(
+                none,
+                Gate {
+                    keep: 1.0,
+                    erase: beta,
+                    write: beta
+                }
+            );
+        }
+    }
+}

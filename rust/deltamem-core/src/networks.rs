@@ -14,10 +14,10 @@ pub struct Linear {
     columns: usize,
 }
 
-/// One of the corrections: W_Δ, and the factor that a trainable scale adds to it (1 without one).
+/// One of the corrections: `W_Δ`, and the factor that a trainable scale adds to it (1 without one).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Delta {
-    /// W_Δ, [width of the corrected projection, H·r].
+    /// `W_Δ`, [width of the corrected projection, H·r].
     pub weight: Linear,
     /// `scale` of the rule.
     pub scale: f32,
@@ -39,22 +39,22 @@ pub struct PerProjection<T> {
 /// What a layer adds to its projections, each [T, width]; `None` for a projection without a delta head.
 pub type Corrections = PerProjection<Option<Vec<f32>>>;
 
-/// One layer's weights: the edit network (W_k, W_v, W_Δ) and the gate network (W_q, W_β, W_λ).
+/// One layer's weights: the edit network (`W_k`, `W_v`, `W_Δ`) and the gate network (`W_q`, `W_β`, `W_λ`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct EditGate {
     /// State heads, H.
     pub heads: usize,
     /// Rank of each state, r.
     pub rank: usize,
-    /// W_q, [H·r, hidden].
+    /// `W_q`, [H·r, hidden].
     pub query: Linear,
-    /// W_k, [H·r, hidden].
+    /// `W_k`, [H·r, hidden].
     pub key: Linear,
-    /// W_v, [H·r, hidden].
+    /// `W_v`, [H·r, hidden].
     pub value: Linear,
-    /// W_β and b_β, [H·r, hidden] with gates per row, [H, hidden] with gates per head.
+    /// `W_β` and `b_β`, [H·r, hidden] with gates per row, [H, hidden] with gates per head.
     pub beta: Linear,
-    /// W_λ and b_λ of the same shape; `None`: λ = 1 − β.
+    /// `W_λ` and `b_λ` of the same shape; `None`: λ = 1 − β.
     pub lambda: Option<Linear>,
     /// The corrections that the layer makes.
     pub delta: PerProjection<Option<Delta>>,
@@ -258,5 +258,255 @@ impl EditGate {
                 expected,
             })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::float_cmp, clippy::many_single_char_names)]
+    use super::*;
+
+    /// Numbers between −1 and 1 that look drawn and are always the same.
+    fn numbers(count: usize, salt: u64) -> Vec<f32> {
+        let mut state = salt.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1_u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn linear(rows: usize, columns: usize, bias: bool, salt: u64) -> Linear {
+        Linear::new(
+            numbers(rows * columns, salt),
+            bias.then(|| numbers(rows, salt + 1)),
+            rows,
+            columns,
+        )
+        .unwrap()
+    }
+
+    fn layer(mode: UpdateMode, gates: Gates, own_lambda: bool) -> EditGate {
+        let (heads, rank, width) = (2, 3, 5);
+        let gate_rows = heads * gates.per_head(rank);
+        EditGate {
+            heads,
+            rank,
+            query: linear(6, width, false, 10),
+            key: linear(6, width, false, 20),
+            value: linear(6, width, false, 30),
+            beta: linear(gate_rows, width, true, 40),
+            lambda: own_lambda.then(|| linear(gate_rows, width, true, 50)),
+            delta: PerProjection {
+                q: Some(Delta {
+                    weight: linear(7, 6, false, 60),
+                    scale: 1.0,
+                }),
+                o: Some(Delta {
+                    weight: linear(5, 6, false, 70),
+                    scale: 0.25,
+                }),
+                ..PerProjection::default()
+            },
+            alpha: 6.0,
+            normalize_qk: true,
+            mode,
+            gates,
+        }
+    }
+
+    /// DESIGN's formulas in f64, token by token; returns Δq and Δo.
+    fn naive(layer: &EditGate, hidden: &[f32], state: &mut [f64], mask: &[bool]) -> (Vec<f64>, Vec<f64>) {
+        let apply = |linear: &Linear, x: &[f64]| -> Vec<f64> {
+            (0..linear.rows)
+                .map(|row| {
+                    let weight = &linear.weight[row * linear.columns..][..linear.columns];
+                    let dot: f64 = weight.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum();
+                    dot + linear.bias.as_ref().map_or(0.0, |bias| f64::from(bias[row]))
+                })
+                .collect()
+        };
+        let unit = |x: Vec<f64>| -> Vec<f64> {
+            let x: Vec<f64> = x.into_iter().map(f64::tanh).collect();
+            x.chunks(layer.rank)
+                .flat_map(|head| {
+                    let length = head.iter().map(|x| x * x).sum::<f64>().sqrt().max(1e-6);
+                    head.iter().map(move |x| x / length).collect::<Vec<_>>()
+                })
+                .collect()
+        };
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let (mut delta_q, mut delta_o) = (Vec::new(), Vec::new());
+        for (token, h) in hidden.chunks(layer.query.columns).enumerate() {
+            let h: Vec<f64> = h.iter().copied().map(f64::from).collect();
+            let (q, k, v) = (
+                unit(apply(&layer.query, &h)),
+                unit(apply(&layer.key, &h)),
+                apply(&layer.value, &h),
+            );
+            let beta: Vec<f64> = apply(&layer.beta, &h).into_iter().map(sigmoid).collect();
+            let lambda: Vec<f64> = match &layer.lambda {
+                Some(lambda) => apply(lambda, &h).into_iter().map(sigmoid).collect(),
+                None => beta.iter().map(|beta| 1.0 - beta).collect(),
+            };
+            let rank = layer.rank;
+            let mut read = Vec::new();
+            for row in 0..layer.heads * rank {
+                let (head, gate) = (
+                    row / rank,
+                    if layer.gates == Gates::Row {
+                        row
+                    } else {
+                        row / rank
+                    },
+                );
+                let s = &mut state[row * rank..][..rank];
+                let (q, k) = (&q[head * rank..][..rank], &k[head * rank..][..rank]);
+                read.push(s.iter().zip(q).map(|(s, q)| s * q).sum::<f64>());
+                let recalled: f64 = s.iter().zip(k).map(|(s, k)| s * k).sum();
+                let (keep, erase) = match layer.mode {
+                    UpdateMode::Standard => (lambda[gate], beta[gate]),
+                    UpdateMode::LambdaOutside => (lambda[gate], lambda[gate] * beta[gate]),
+                    UpdateMode::NoLambda => (1.0, beta[gate]),
+                };
+                if mask[token] {
+                    for (s, k) in s.iter_mut().zip(k) {
+                        *s = keep * *s - erase * recalled * k + beta[gate] * v[row] * k;
+                    }
+                }
+            }
+            for (delta, out) in [(&layer.delta.q, &mut delta_q), (&layer.delta.o, &mut delta_o)] {
+                let delta = delta.as_ref().unwrap();
+                let factor = f64::from(layer.alpha) / rank as f64 * f64::from(delta.scale);
+                out.extend(apply(&delta.weight, &read).into_iter().map(|x| factor * x));
+            }
+        }
+        (delta_q, delta_o)
+    }
+
+    #[test]
+    fn a_layer_computes_the_paper_s_formulas_in_every_mode() {
+        let hidden = numbers(9 * 5, 99);
+        let mask = [true, true, false, true, true, true, false, true, true];
+        for mode in [
+            UpdateMode::Standard,
+            UpdateMode::LambdaOutside,
+            UpdateMode::NoLambda,
+        ] {
+            for gates in [Gates::Row, Gates::Head] {
+                for own_lambda in [false, true] {
+                    let layer = layer(mode, gates, own_lambda);
+                    let start = numbers(2 * 3 * 3, 7);
+                    let mut state = start.clone();
+                    let mut naive_state: Vec<f64> = start.iter().copied().map(f64::from).collect();
+                    let corrections = layer.forward(&hidden, &mut state, &mask).unwrap();
+                    let (delta_q, delta_o) = naive(&layer, &hidden, &mut naive_state, &mask);
+                    assert_eq!((&corrections.k, &corrections.v), (&None, &None));
+                    for (found, expected) in [
+                        (&state, &naive_state),
+                        (corrections.q.as_ref().unwrap(), &delta_q),
+                        (corrections.o.as_ref().unwrap(), &delta_o),
+                    ] {
+                        assert_eq!(found.len(), expected.len());
+                        let worst = found
+                            .iter()
+                            .zip(expected)
+                            .map(|(&f, e)| (f64::from(f) - e).abs())
+                            .fold(0.0, f64::max);
+                        assert!(worst < 1e-5, "{mode} {gates} own λ {own_lambda}: off by {worst}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_memory_corrects_nothing() {
+        let layer = layer(UpdateMode::Standard, Gates::Row, false);
+        let corrections = layer.forward(&numbers(5, 1), &mut [0.0; 18], &[true]).unwrap();
+        assert!(
+            corrections
+                .q
+                .unwrap()
+                .iter()
+                .chain(&corrections.o.unwrap())
+                .all(|&x| x == 0.0)
+        );
+    }
+
+    #[test]
+    fn weights_and_inputs_that_do_not_fit_are_refused_by_name() {
+        let good = layer(UpdateMode::Standard, Gates::Row, true);
+        let (hidden, mut state) = (numbers(5, 1), [0.5; 18]);
+        for (name, layer) in [
+            (
+                "W_q",
+                EditGate {
+                    query: linear(5, 5, false, 1),
+                    ..good.clone()
+                },
+            ),
+            (
+                "W_k",
+                EditGate {
+                    key: linear(6, 4, false, 1),
+                    ..good.clone()
+                },
+            ),
+            (
+                "W_v",
+                EditGate {
+                    value: linear(7, 5, false, 1),
+                    ..good.clone()
+                },
+            ),
+            (
+                "W_beta",
+                EditGate {
+                    gates: Gates::Head,
+                    ..good.clone()
+                },
+            ),
+            (
+                "W_lambda",
+                EditGate {
+                    lambda: Some(linear(2, 5, true, 1)),
+                    ..good.clone()
+                },
+            ),
+            (
+                "W_delta of q",
+                EditGate {
+                    delta: PerProjection {
+                        q: Some(Delta {
+                            weight: linear(7, 5, false, 1),
+                            scale: 1.0,
+                        }),
+                        ..PerProjection::default()
+                    },
+                    ..good.clone()
+                },
+            ),
+        ] {
+            let error = layer.forward(&hidden, &mut state, &[true]).unwrap_err();
+            assert!(error.to_string().starts_with(&format!("{name} is [")), "{error}");
+        }
+        assert!(matches!(
+            good.forward(&hidden[..4], &mut state, &[true]),
+            Err(NetworkError::Length {
+                name: "hidden",
+                found: 4,
+                expected: 5
+            })
+        ));
+        assert!(matches!(
+            good.forward(&hidden, &mut state[..17], &[true]),
+            Err(NetworkError::Rule(_))
+        ));
+        assert!(Linear::new(vec![0.0; 5], None, 2, 3).is_err());
+        assert!(Linear::new(vec![0.0; 6], Some(vec![0.0; 3]), 2, 3).is_err());
+        assert_eq!(state, [0.5; 18]);
     }
 }

@@ -166,14 +166,14 @@ fn check_lengths(
     }
     let count = tokens.mask.len();
     let vectors = product(&[count, heads, rank]);
-    let gated = product(&[count, heads, gates.per_head(rank)]);
+    let gate_count = product(&[count, heads, gates.per_head(rank)]);
     for (name, found, expected) in [
         ("q", tokens.q.len(), vectors),
         ("k", tokens.k.len(), vectors),
         ("v", tokens.v.len(), vectors),
-        ("keep", tokens.keep.len(), gated),
-        ("erase", tokens.erase.len(), gated),
-        ("write", tokens.write.len(), gated),
+        ("keep", tokens.keep.len(), gate_count),
+        ("erase", tokens.erase.len(), gate_count),
+        ("write", tokens.write.len(), gate_count),
         ("state", state, product(&[heads, rank, rank])),
         ("reads", reads, vectors),
     ] {
@@ -266,6 +266,288 @@ fn two_dots(row: &[f32], q: &[f32], k: &[f32]) -> (f32, f32) {
 /// The lanes' sum, pairwise.
 #[inline(always)]
 #[allow(clippy::inline_always)] // as `two_dots`
-fn sum([a, b, c, d, e, f, g, h]: [f32; LANES]) -> f32 {
-    ((a + e) + (c + g)) + ((b + f) + (d + h))
+fn sum(lanes: [f32; LANES]) -> f32 {
+    let pair = |lane: usize| lanes[lane] + lanes[lane + LANES / 2];
+    (pair(0) + pair(2)) + (pair(1) + pair(3))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::float_cmp)]
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::gates::Gate;
+
+    /// One layer's inputs, owned, and its state.
+    #[derive(Debug, Clone)]
+    struct Case {
+        heads: usize,
+        rank: usize,
+        gates: Gates,
+        q: Vec<f32>,
+        k: Vec<f32>,
+        v: Vec<f32>,
+        keep: Vec<f32>,
+        erase: Vec<f32>,
+        write: Vec<f32>,
+        mask: Vec<bool>,
+        state: Vec<f32>,
+    }
+
+    impl Case {
+        fn run(&self) -> (Vec<f32>, Vec<f32>) {
+            self.run_in_pieces(&[self.mask.len()])
+        }
+
+        /// Runs the tokens in calls of `sizes` tokens.
+        fn run_in_pieces(&self, sizes: &[usize]) -> (Vec<f32>, Vec<f32>) {
+            let (mut state, mut reads) = (self.state.clone(), vec![f32::NAN; self.q.len()]);
+            let (vector, gate) = (
+                self.heads * self.rank,
+                self.heads * self.gates.per_head(self.rank),
+            );
+            let mut from = 0;
+            for size in sizes {
+                let (to, cut) = (from + size, |all: &'_ [f32], width: usize| {
+                    all[from * width..][..size * width].to_vec()
+                });
+                let [q, k, v] = [&self.q, &self.k, &self.v].map(|all| cut(all, vector));
+                let [keep, erase, write] = [&self.keep, &self.erase, &self.write].map(|all| cut(all, gate));
+                let tokens = Tokens {
+                    q: &q,
+                    k: &k,
+                    v: &v,
+                    keep: &keep,
+                    erase: &erase,
+                    write: &write,
+                    mask: &self.mask[from..to],
+                };
+                let reads = &mut reads[from * vector..][..size * vector];
+                scan(self.heads, self.rank, self.gates, &tokens, &mut state, reads).unwrap();
+                from = to;
+            }
+            (state, reads)
+        }
+
+        /// The rule as the paper writes it, number by number in f64.
+        fn run_naively(&self) -> (Vec<f64>, Vec<f64>) {
+            let (heads, rank) = (self.heads, self.rank);
+            let mut state: Vec<f64> = self.state.iter().copied().map(f64::from).collect();
+            let mut reads = Vec::new();
+            for token in 0..self.mask.len() {
+                for head in 0..heads {
+                    let vector = |all: &[f32], i: usize| f64::from(all[(token * heads + head) * rank + i]);
+                    let gate = |all: &[f32], i: usize| match self.gates {
+                        Gates::Row => f64::from(all[(token * heads + head) * rank + i]),
+                        Gates::Head => f64::from(all[token * heads + head]),
+                    };
+                    let before = state.clone();
+                    let at = |i: usize, j: usize| (head * rank + i) * rank + j;
+                    for i in 0..rank {
+                        reads.push((0..rank).map(|j| before[at(i, j)] * vector(&self.q, j)).sum());
+                        let recalled: f64 = (0..rank).map(|j| before[at(i, j)] * vector(&self.k, j)).sum();
+                        for j in 0..rank {
+                            if self.mask[token] {
+                                state[at(i, j)] = gate(&self.keep, i) * before[at(i, j)]
+                                    - gate(&self.erase, i) * recalled * vector(&self.k, j)
+                                    + gate(&self.write, i) * vector(&self.v, i) * vector(&self.k, j);
+                            }
+                        }
+                    }
+                }
+            }
+            (state, reads)
+        }
+    }
+
+    fn numbers(count: usize) -> impl Strategy<Value = Vec<f32>> {
+        prop::collection::vec(-1.0_f32..1.0, count)
+    }
+
+    fn case() -> impl Strategy<Value = Case> {
+        let rank = prop_oneof![1..=24_usize, Just(32), Just(64), Just(65)];
+        let gates = prop_oneof![Just(Gates::Row), Just(Gates::Head)];
+        let mode = prop_oneof![
+            Just(UpdateMode::Standard),
+            Just(UpdateMode::LambdaOutside),
+            Just(UpdateMode::NoLambda)
+        ];
+        (1..=3_usize, rank, gates, mode, 0..=20_usize, any::<bool>()).prop_flat_map(
+            |(heads, rank, gates, mode, count, coupled)| {
+                let (vector, gate) = (count * heads * rank, count * heads * gates.per_head(rank));
+                let vectors = (numbers(vector), numbers(vector), numbers(vector));
+                let logits = (
+                    prop::collection::vec((-6.0_f32..6.0, -6.0_f32..6.0), gate),
+                    Just(coupled),
+                );
+                let mask = prop::collection::vec(prop::bool::weighted(0.8), count);
+                (vectors, logits, mask, numbers(heads * rank * rank)).prop_map(
+                    move |((mut q, mut k, v), (logits, coupled), mask, state)| {
+                        crate::gates::l2_normalize(&mut q, rank);
+                        crate::gates::l2_normalize(&mut k, rank);
+                        let gate = |&(beta, lambda): &(f32, f32)| {
+                            Gate::new(mode, beta, (!coupled).then_some(lambda))
+                        };
+                        let all: Vec<Gate> = logits.iter().map(gate).collect();
+                        Case {
+                            heads,
+                            rank,
+                            gates,
+                            q,
+                            k,
+                            v,
+                            keep: all.iter().map(|gate| gate.keep).collect(),
+                            erase: all.iter().map(|gate| gate.erase).collect(),
+                            write: all.iter().map(|gate| gate.write).collect(),
+                            mask,
+                            state,
+                        }
+                    },
+                )
+            },
+        )
+    }
+
+    fn largest_difference(found: &[f32], expected: &[f64]) -> f64 {
+        assert_eq!(found.len(), expected.len());
+        found
+            .iter()
+            .zip(expected)
+            .map(|(&f, &e)| (f64::from(f) - e).abs())
+            .fold(0.0, f64::max)
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn the_scan_is_the_rule_for_any_shape_mode_and_mask(case in case()) {
+            let ((state, reads), (naive_state, naive_reads)) = (case.run(), case.run_naively());
+            let differences = [largest_difference(&state, &naive_state), largest_difference(&reads, &naive_reads)];
+            prop_assert!(differences.iter().all(|&difference| difference < 2e-5), "state and reads differ by {differences:?}");
+        }
+
+        #[test]
+        fn any_split_of_the_tokens_gives_the_same_bits(case in case(), cuts in prop::collection::vec(0..=20_usize, 0..5)) {
+            let count = case.mask.len();
+            let mut ends: Vec<usize> = cuts.into_iter().map(|cut| cut.min(count)).chain([count]).collect();
+            ends.sort_unstable();
+            let sizes: Vec<usize> = ends.iter().zip([0].iter().chain(&ends)).map(|(to, from)| to - from).collect();
+            let ((state, reads), (whole_state, whole_reads)) = (case.run_in_pieces(&sizes), case.run());
+            prop_assert_eq!(bits(&state), bits(&whole_state));
+            prop_assert_eq!(bits(&reads), bits(&whole_reads));
+        }
+
+        #[test]
+        fn masked_tokens_leave_every_bit_of_the_state(mut case in case()) {
+            case.mask.fill(false);
+            let (state, reads) = case.run();
+            prop_assert_eq!(bits(&state), bits(&case.state));
+            prop_assert!(largest_difference(&reads, &case.run_naively().1) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn the_first_read_of_an_empty_memory_is_zero_and_the_next_recalls_the_value() {
+        let (q, k, v) = (
+            [1.0, 0.0, 0.0, 1.0, 1.0, 0.0],
+            [1.0, 0.0, 0.0, 1.0, 1.0, 0.0],
+            [0.5, -2.0, 3.0, 4.0, 0.0, 0.0],
+        );
+        let (keep, gate) = ([1.0; 3], [1.0; 3]);
+        let tokens = Tokens {
+            q: &q,
+            k: &k,
+            v: &v,
+            keep: &keep,
+            erase: &gate,
+            write: &gate,
+            mask: &[true; 3],
+        };
+        let (mut state, mut reads) = ([0.0; 4], [f32::NAN; 6]);
+        scan(1, 2, Gates::Head, &tokens, &mut state, &mut reads).unwrap();
+        assert_eq!(reads, [0.0, 0.0, 0.0, 0.0, 0.5, -2.0]);
+        // S[i, j]: row i is the value's, column j the key's; the last token rewrote the first key with zeros.
+        assert_eq!(state, [0.0, 3.0, 0.0, 4.0]);
+    }
+
+    #[test]
+    fn a_wrong_length_is_refused_by_name_and_nothing_is_touched() {
+        let (three, four) = ([0.5; 3], [0.5; 4]);
+        let good = Tokens {
+            q: &four,
+            k: &four,
+            v: &four,
+            keep: &four,
+            erase: &four,
+            write: &four,
+            mask: &[true; 2],
+        };
+        let (mut state, mut reads) = ([1.0; 4], [7.0; 4]);
+        for (name, tokens) in [
+            ("q", Tokens { q: &three, ..good }),
+            ("k", Tokens { k: &three, ..good }),
+            ("v", Tokens { v: &three, ..good }),
+            ("keep", Tokens { keep: &three, ..good }),
+            (
+                "erase",
+                Tokens {
+                    erase: &three,
+                    ..good
+                },
+            ),
+            (
+                "write",
+                Tokens {
+                    write: &three,
+                    ..good
+                },
+            ),
+            (
+                "q",
+                Tokens {
+                    mask: &[true],
+                    ..good
+                },
+            ),
+        ] {
+            let error = scan(1, 2, Gates::Row, &tokens, &mut state, &mut reads).unwrap_err();
+            assert!(
+                matches!(error, RuleError::Length { name: wrong, .. } if wrong == name),
+                "{error}"
+            );
+        }
+        let error = scan(1, 2, Gates::Head, &good, &mut state, &mut reads).unwrap_err();
+        assert!(
+            error.to_string().contains("keep holds 4 numbers, expected 2"),
+            "{error}"
+        );
+        assert!(scan(1, 2, Gates::Row, &good, &mut state[..3], &mut reads).is_err());
+        assert!(scan(1, 2, Gates::Row, &good, &mut state, &mut reads[..3]).is_err());
+        for (heads, rank) in [(0, 2), (1, 0), (usize::MAX, usize::MAX)] {
+            assert!(scan(heads, rank, Gates::Row, &good, &mut state, &mut reads).is_err());
+        }
+        assert_eq!((state, reads), ([1.0; 4], [7.0; 4]));
+    }
+
+    #[test]
+    fn names_are_those_of_the_manifest() {
+        for mode in [
+            UpdateMode::Standard,
+            UpdateMode::LambdaOutside,
+            UpdateMode::NoLambda,
+        ] {
+            assert_eq!(serde_json::to_string(&mode).unwrap(), format!("\"{mode}\""));
+            assert_eq!(
+                serde_json::from_str::<UpdateMode>(&format!("\"{mode}\"")).unwrap(),
+                mode
+            );
+        }
+        for gates in [Gates::Row, Gates::Head] {
+            assert_eq!(serde_json::to_string(&gates).unwrap(), format!("\"{gates}\""));
+        }
+    }
 }

@@ -547,3 +547,354 @@ fn shortened(text: &str) -> String {
         None => text.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn snapshot() -> impl Strategy<Value = Snapshot> {
+        let sizes = (1..=3_usize, 1..=3_usize, 1..=9_usize);
+        let sampler = (any::<[u8; 32]>(), 0..SamplerState::POSITIONS);
+        (sizes, any::<[u8; 32]>(), any::<u64>(), any::<u64>(), sampler).prop_flat_map(
+            |((layers, heads, rank), fingerprint, tokens_seen, turns, (seed, position))| {
+                let geometry = Geometry::new(layers, heads, rank).unwrap();
+                let finite = any::<f32>().prop_map(|value| if value.is_finite() { value } else { 0.0 });
+                prop::collection::vec(finite, geometry.elements()).prop_map(move |memory| {
+                    let sampler = SamplerState { seed, position };
+                    Snapshot::new(
+                        geometry,
+                        Fingerprint(fingerprint),
+                        memory.into(),
+                        tokens_seen,
+                        turns,
+                        sampler,
+                    )
+                    .unwrap()
+                })
+            },
+        )
+    }
+
+    fn example() -> Snapshot {
+        let geometry = Geometry::new(2, 1, 4).unwrap();
+        let memory = (0..geometry.elements()).map(|i| i as f32 / 7.0 - 2.0).collect();
+        let sampler = SamplerState {
+            seed: [7; 32],
+            position: 12,
+        };
+        Snapshot::new(geometry, Fingerprint([0xAB; 32]), memory, 1234, 5, sampler).unwrap()
+    }
+
+    /// The bytes of a safetensors file with this metadata and one tensor, well formed as such.
+    fn file(metadata: &[(&str, &str)], name: &str, dtype: &str, shape: &str, data: &[u8]) -> Vec<u8> {
+        let metadata: Vec<String> = metadata
+            .iter()
+            .map(|(key, value)| format!("{key:?}:{value:?}"))
+            .collect();
+        let header = format!(
+            "{{\"__metadata__\":{{{}}},{name:?}:{{\"dtype\":\"{dtype}\",\"shape\":{shape},\"data_offsets\":[0,{}]}}}}",
+            metadata.join(","),
+            data.len()
+        );
+        [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+    }
+
+    /// The metadata of [`example`] with one entry replaced (or added), and the digest made anew.
+    fn with(key: &str, value: Option<&str>, shape: [usize; 4], data: &[u8]) -> Vec<u8> {
+        let bytes = example().to_bytes();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let mut metadata: BTreeMap<String, String> = header.metadata().clone().unwrap().into_iter().collect();
+        metadata.remove("digest");
+        metadata.remove(key);
+        metadata.extend(value.map(|value| (key.to_owned(), value.to_owned())));
+        let geometry = Geometry::new(shape[0], shape[1], shape[2]).unwrap_or(Geometry::new(1, 1, 1).unwrap());
+        let made = digest(
+            metadata.iter().map(|(key, value)| (key.as_str(), value.as_str())),
+            geometry,
+            data,
+        );
+        if key != "digest" {
+            metadata.insert("digest".into(), made);
+        }
+        let entries: Vec<(&str, &str)> = metadata
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .collect();
+        file(&entries, TENSOR, "F32", &format!("{shape:?}"), data)
+    }
+
+    fn data() -> Vec<u8> {
+        example()
+            .memory()
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect()
+    }
+
+    fn error(bytes: &[u8]) -> SnapshotError {
+        Snapshot::from_bytes(bytes).unwrap_err()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        #[test]
+        fn a_snapshot_survives_its_bytes(snapshot in snapshot()) {
+            let bytes = snapshot.to_bytes();
+            let read = Snapshot::from_bytes(&bytes).unwrap();
+            prop_assert_eq!(read.to_bytes(), bytes);
+            prop_assert_eq!(read, snapshot);
+        }
+
+        #[test]
+        fn any_bytes_are_refused_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            prop_assert!(Snapshot::from_bytes(&bytes).is_err());
+        }
+    }
+
+    /// Bytes that mean something to a header.
+    const TELLING: &[u8] = b"\0\xFF\"}]{[,:0192e-+ ";
+
+    #[test]
+    fn ten_thousand_mutated_snapshots_are_errors_or_the_original() {
+        let original = example();
+        let bytes = original.to_bytes();
+        let mut state = 0x243F_6A88_85A3_08D3_u64;
+        let mut below = |limit: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            usize::try_from(state % limit as u64).unwrap()
+        };
+        let mut unchanged = 0;
+        for _ in 0..10_000 {
+            let mut mutant = bytes.clone();
+            for _ in 0..=below(3) {
+                let at = below(mutant.len().max(1)).min(mutant.len().saturating_sub(1));
+                match below(8) {
+                    0..=3 if !mutant.is_empty() => mutant[at] ^= 1 << below(8),
+                    4 if !mutant.is_empty() => {
+                        mutant[at] = TELLING[below(TELLING.len())];
+                    }
+                    5 => mutant.truncate(at),
+                    6 => mutant.insert(at, u8::try_from(below(256)).unwrap()),
+                    _ if !mutant.is_empty() => {
+                        let end = (at + 1 + below(16)).min(mutant.len());
+                        mutant.drain(at..end);
+                    }
+                    _ => {}
+                }
+            }
+            match Snapshot::from_bytes(&mutant) {
+                Ok(read) => {
+                    assert_eq!(read, original);
+                    unchanged += 1;
+                }
+                Err(error) => assert!(!error.to_string().is_empty() && error.to_string().len() < 1000),
+            }
+        }
+        assert!(
+            unchanged < 1000,
+            "{unchanged} mutants were taken for the original"
+        );
+    }
+
+    #[test]
+    fn equal_snapshots_have_equal_bytes_and_this_form() {
+        let bytes = example().to_bytes();
+        assert_eq!(bytes, example().to_bytes());
+        // Changing this changes files that people keep: raise the format version instead.
+        assert_eq!(blake3::hash(&bytes).to_hex()[..16], *"865cad2daac64db7");
+        assert_eq!(bytes.len() % 8, 0);
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.names(), ["memory"]);
+        assert_eq!(file.tensor("memory").unwrap().shape(), [2, 1, 4, 4]);
+    }
+
+    #[test]
+    fn other_files_and_later_versions_are_named() {
+        let shape = [2, 1, 4, 4];
+        let other = error(&with("format", Some("pt"), shape, &data()));
+        assert_eq!(
+            other,
+            SnapshotError::NotASnapshot {
+                found: "\"pt\"".into()
+            }
+        );
+        assert_eq!(
+            error(&file(&[], "x", "F32", "[1]", &[0; 4])),
+            SnapshotError::NotASnapshot {
+                found: "missing".into()
+            }
+        );
+        let newer = error(&with("format_version", Some("2"), shape, &data()));
+        assert_eq!(newer, SnapshotError::NewerVersion { found: 2 });
+        assert!(newer.to_string().contains("update deltamem-rt"), "{newer}");
+    }
+
+    #[test]
+    fn metadata_must_be_complete_and_in_one_form() {
+        let shape = [2, 1, 4, 4];
+        for (key, value) in [
+            ("format_version", Some("0")),
+            ("format_version", None),
+            ("fingerprint", None),
+            ("fingerprint", Some("ab")),
+            ("tokens_seen", None),
+            ("tokens_seen", Some("-1")),
+            ("tokens_seen", Some("+1")),
+            ("tokens_seen", Some("007")),
+            ("turns", Some("18446744073709551616")),
+            (
+                "sampler_seed",
+                Some("ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"),
+            ),
+            ("sampler_position", Some("295147905179352825856")),
+            ("digest", None),
+            ("colour", Some("blue")),
+        ] {
+            let error = error(&with(key, value, shape, &data()));
+            assert!(
+                matches!(&error, SnapshotError::Metadata { key: named, .. } if named == key),
+                "{key} {value:?}: {error}"
+            );
+        }
+        let wrong = "0".repeat(64);
+        assert!(matches!(
+            error(&with("digest", Some(&wrong), shape, &data())),
+            SnapshotError::Digest { .. }
+        ));
+    }
+
+    #[test]
+    fn the_tensor_must_be_a_memory() {
+        // The same bytes under another shape are another memory.
+        let mut bytes = with("turns", Some("5"), [2, 1, 4, 4], &data());
+        let at = bytes
+            .windows(9)
+            .position(|window| window == b"[2, 1, 4,")
+            .unwrap();
+        bytes[at + 1] = b'1';
+        bytes[at + 4] = b'2';
+        assert!(matches!(error(&bytes), SnapshotError::Digest { .. }));
+
+        assert!(matches!(
+            error(&with("turns", Some("5"), [0, 1, 4, 4], &[])),
+            SnapshotError::Geometry(_)
+        ));
+        assert!(matches!(
+            error(&with("turns", Some("5"), [8, 2, 2, 1], &data())),
+            SnapshotError::Tensor {
+                what: "memory's shape",
+                ..
+            }
+        ));
+        let metadata = [("format", FORMAT), ("format_version", "1")];
+        let half = file(&metadata, TENSOR, "F16", "[1,1,1,1]", &[0; 2]);
+        assert!(matches!(
+            error(&half),
+            SnapshotError::Tensor {
+                what: "memory's type",
+                ..
+            }
+        ));
+        let flat = file(&metadata, TENSOR, "F32", "[32]", &data());
+        assert!(matches!(
+            error(&flat),
+            SnapshotError::Container { .. }
+                | SnapshotError::Tensor {
+                    what: "memory's shape",
+                    ..
+                }
+        ));
+        let other = file(&metadata, "memories", "F32", "[1,1,1,1]", &[0; 4]);
+        assert!(matches!(
+            error(&other),
+            SnapshotError::Tensor { what: "tensors", .. }
+        ));
+    }
+
+    #[test]
+    fn numbers_must_be_finite() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut data = data();
+            data[20..24].copy_from_slice(&bad.to_le_bytes());
+            let error = error(&with("turns", Some("5"), [2, 1, 4, 4], &data));
+            assert!(
+                matches!(error, SnapshotError::NotFinite { index: 5, .. }),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn lengths_are_checked_before_anything_is_parsed() {
+        assert!(matches!(error(&[]), SnapshotError::Container { found: 0, .. }));
+        assert!(matches!(
+            error(&u64::MAX.to_le_bytes()),
+            SnapshotError::TooLong {
+                what: "header",
+                found: u64::MAX,
+                ..
+            }
+        ));
+        assert!(matches!(
+            error(&100_u64.to_le_bytes()),
+            SnapshotError::Container { .. }
+        ));
+    }
+
+    #[test]
+    fn only_values_that_belong_together_make_a_snapshot() {
+        let geometry = Geometry::new(1, 1, 2).unwrap();
+        let sampler = SamplerState {
+            seed: [0; 32],
+            position: 0,
+        };
+        let make = |memory: &[f32], sampler| {
+            Snapshot::new(geometry, Fingerprint([0; 32]), memory.into(), 0, 0, sampler)
+        };
+        assert!(make(&[0.0; 4], sampler).is_ok());
+        assert!(matches!(
+            make(&[0.0; 3], sampler),
+            Err(SnapshotError::Tensor { .. })
+        ));
+        assert!(matches!(
+            make(&[0.0, f32::NAN, 0.0, 0.0], sampler),
+            Err(SnapshotError::NotFinite { index: 1, .. })
+        ));
+        let beyond = SamplerState {
+            position: SamplerState::POSITIONS,
+            ..sampler
+        };
+        assert!(matches!(
+            make(&[0.0; 4], beyond),
+            Err(SnapshotError::Metadata { .. })
+        ));
+    }
+
+    #[test]
+    fn a_fingerprint_has_one_text() {
+        let fingerprint = Fingerprint([0x0F; 32]);
+        let text = fingerprint.to_string();
+        assert_eq!(text.len(), 64);
+        assert_eq!(text.parse::<Fingerprint>().unwrap(), fingerprint);
+        assert_eq!(
+            serde_json::from_str::<Fingerprint>(&serde_json::to_string(&fingerprint).unwrap()).unwrap(),
+            fingerprint
+        );
+        for bad in [
+            "",
+            "0f",
+            &text.to_uppercase(),
+            &text[1..],
+            &format!("{text}0"),
+            &"g".repeat(64),
+        ] {
+            assert!(bad.parse::<Fingerprint>().is_err(), "{bad}");
+        }
+    }
+}

@@ -493,7 +493,8 @@ fn check_own_digest(bytes: &[u8], digest: &str) -> Result<(), BundleError> {
     }
 }
 
-fn inconsistent(field: &str, found: impl ToString, expected: impl ToString) -> BundleError {
+#[allow(clippy::needless_pass_by_value)] // most callers make the value for this call
+fn inconsistent(field: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> BundleError {
     BundleError::Inconsistent {
         field: field.into(),
         found: found.to_string(),
@@ -680,3 +681,6 @@ fn check_file(dir: &Path, name: &str, entry: FileEntry, verify: Verify) -> Resul
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

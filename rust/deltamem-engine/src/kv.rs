@@ -65,8 +65,7 @@ impl KvCache {
     }
 
     /// Tokens that fit before it has to grow.
-    #[cfg(test)]
-    fn capacity(&self) -> usize {
+    pub(crate) fn capacity(&self) -> usize {
         self.capacity
     }
 

@@ -61,6 +61,11 @@ impl MemoryBuffers {
         self.spares.push(buffer);
     }
 
+    /// Frees the spare buffers: a session between turns holds its state and nothing else.
+    pub(crate) fn free_spares(&mut self) {
+        self.spares.clear();
+    }
+
     /// Makes `state` the front; the old front becomes a spare.
     pub(crate) fn set_front(&mut self, state: MemoryView) {
         let old = std::mem::replace(&mut self.front, state);

@@ -23,6 +23,9 @@ pub const CHUNK_TOKENS: usize = 256;
 /// Finished KV caches that are kept, wiped, for the next turns.
 const POOLED_CACHES: usize = 4;
 
+/// The largest cache that is kept, in tokens; a longer turn's goes back to the system.
+const POOLED_TOKENS: usize = 1024;
+
 /// Where the graph runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -310,6 +313,9 @@ impl Model {
 
     /// Takes a turn's cache back.
     pub(crate) fn return_cache(&self, mut cache: KvCache) {
+        if cache.capacity() > POOLED_TOKENS {
+            return;
+        }
         cache.wipe();
         let mut idle = self.idle_caches.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < POOLED_CACHES {

@@ -198,7 +198,7 @@ impl Sampler {
         if logits.is_empty() || i32::try_from(logits.len()).is_err() {
             return Err(SamplingError::Count { found: logits.len() });
         }
-        let penalises = options.repetition_penalty < 1.0 || options.repetition_penalty > 1.0;
+        let penalises = (options.repetition_penalty - 1.0).abs() > 0.0;
         let recent = if penalises { recent } else { &[] };
         self.mark(recent, logits.len());
         let chosen = self.choose(options, logits);
@@ -387,3 +387,6 @@ fn best_first(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
 fn key_of(seed: u64) -> [u8; 32] {
     blake3::derive_key("deltamem_rt 2026 sampling stream", &seed.to_le_bytes())
 }
+
+#[cfg(test)]
+mod tests;

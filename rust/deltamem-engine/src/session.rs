@@ -295,8 +295,11 @@ impl Session {
         if let Some(cache) = self.cache.take() {
             self.model.return_cache(cache);
         }
-        self.logits.clear();
-        self.turn.clear();
+        // Between turns a session is its state: what a turn needs is allocated by its first tokens.
+        self.logits = Vec::new();
+        self.spare_logits = Vec::new();
+        self.turn = Vec::new();
+        self.memory.free_spares();
         self.pending = None;
         self.ends_turn = false;
     }

@@ -267,3 +267,6 @@ impl TextStream {
         self.context = std::mem::replace(&mut self.pending, rest);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -104,10 +104,10 @@ impl Generation {
             None => "Generation(in use)".to_owned(),
             Some(generation) => {
                 let stats = generation.stats();
-                let state = stats
+                let reason = stats
                     .finish_reason
                     .map_or("going on", deltamem_engine::FinishReason::as_str);
-                format!("Generation({} tokens, {state})", stats.tokens)
+                format!("Generation({} tokens, {reason})", stats.tokens)
             }
         }
     }

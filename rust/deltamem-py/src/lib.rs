@@ -1,6 +1,14 @@
 //! The Python classes and the mapping of errors, nothing else: every method checks its arguments, lets the GIL go, and calls the engine
 //! once. What a class does is written in its docstring, which is the documentation that `help()` shows.
 
+// Docstrings are written for Python's readers, and PyO3 hands arguments over by value and `self` to every method.
+#![allow(
+    clippy::doc_markdown,
+    clippy::needless_pass_by_value,
+    clippy::unused_self,
+    clippy::too_many_arguments
+)]
+
 mod errors;
 mod generation;
 mod model;

@@ -114,7 +114,6 @@ impl Session {
     /// SessionError
     ///     The session is closed or in use by another thread, or text was given to a bundle without a tokenizer.
     #[pyo3(signature = (tokens, write=true, logits=false))]
-    #[allow(clippy::needless_pass_by_value)]
     fn feed<'py>(
         &self,
         py: Python<'py>,
@@ -202,7 +201,6 @@ impl Session {
     ///     There is nothing to go on from; the session is closed or in use by another thread.
     #[pyo3(signature = (prompt=None, *, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
                         seed=None, stop=None, write=true, measure=false))]
-    #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
     fn generate(
         slf: Bound<'_, Self>,
         prompt: Option<Bound<'_, PyAny>>,
@@ -262,7 +260,6 @@ impl Session {
     ///     The template refused the message.
     #[pyo3(signature = (message, *, system=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0,
                         repetition_penalty=1.0, seed=None, stop=None, write=true, measure=false))]
-    #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
     fn chat(
         slf: Bound<'_, Self>,
         message: String,
@@ -343,7 +340,6 @@ impl Session {
     /// ------
     /// FingerprintError
     ///     The snapshot was written by another model. The session is as it was.
-    #[allow(clippy::needless_pass_by_value)]
     fn restore(&self, snapshot: PyRef<'_, Snapshot>) -> PyResult<()> {
         self.with(|session| session.restore(&snapshot.inner).map_err(to_python))
     }

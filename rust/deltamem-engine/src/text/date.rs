@@ -56,28 +56,29 @@ fn strftime(format: &str, seconds: u64) -> String {
             text.push(character);
             continue;
         }
-        match characters.next() {
-            Some('Y') => text.push_str(&year.to_string()),
-            Some('y') => text.push_str(&format!("{:02}", year % 100)),
-            Some('m') => text.push_str(&format!("{month:02}")),
-            Some('B') => text.push_str(month_name),
-            Some('b' | 'h') => text.push_str(&month_name[..3]),
-            Some('d') => text.push_str(&format!("{day:02}")),
-            Some('j') => text.push_str(&format!("{day_of_year:03}")),
-            Some('A') => text.push_str(weekday),
-            Some('a') => text.push_str(&weekday[..3]),
-            Some('H') => text.push_str(&format!("{hour:02}")),
-            Some('I') => text.push_str(&format!("{hour12:02}")),
-            Some('p') => text.push_str(if hour < 12 { "AM" } else { "PM" }),
-            Some('M') => text.push_str(&format!("{minute:02}")),
-            Some('S') => text.push_str(&format!("{second:02}")),
-            Some('F') => text.push_str(&format!("{year}-{month:02}-{day:02}")),
-            Some('T') => text.push_str(&format!("{hour:02}:{minute:02}:{second:02}")),
-            Some('Z') => text.push_str("UTC"),
-            Some('z') => text.push_str("+0000"),
-            Some('%') | None => text.push('%'),
-            Some(other) => text.extend(['%', other]),
-        }
+        let part = match characters.next() {
+            Some('Y') => year.to_string(),
+            Some('y') => format!("{:02}", year % 100),
+            Some('m') => format!("{month:02}"),
+            Some('B') => month_name.to_owned(),
+            Some('b' | 'h') => month_name.chars().take(3).collect(),
+            Some('d') => format!("{day:02}"),
+            Some('j') => format!("{day_of_year:03}"),
+            Some('A') => weekday.to_owned(),
+            Some('a') => weekday.chars().take(3).collect(),
+            Some('H') => format!("{hour:02}"),
+            Some('I') => format!("{hour12:02}"),
+            Some('p') => if hour < 12 { "AM" } else { "PM" }.to_owned(),
+            Some('M') => format!("{minute:02}"),
+            Some('S') => format!("{second:02}"),
+            Some('F') => format!("{year}-{month:02}-{day:02}"),
+            Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
+            Some('Z') => "UTC".to_owned(),
+            Some('z') => "+0000".to_owned(),
+            Some('%') | None => "%".to_owned(),
+            Some(other) => format!("%{other}"),
+        };
+        text.push_str(&part);
     }
     text
 }
@@ -102,4 +103,32 @@ fn civil(mut days: u64) -> (u64, u64, u64, u64) {
         month += 1;
     }
     (year, month, days + 1, day_of_year)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, date) in [
+            (0, "Thursday 1 1970-01-01 00:00:00"),
+            (951_782_400, "Tuesday 60 2000-02-29 00:00:00"),
+            (1_709_208_059, "Thursday 60 2024-02-29 12:00:59"),
+            (1_735_689_599, "Tuesday 366 2024-12-31 23:59:59"),
+            (4_107_542_400, "Monday 60 2100-03-01 00:00:00"),
+            (16_725_225_600, "Saturday 1 2500-01-01 00:00:00"),
+        ] {
+            let format = "%A %j %Y-%m-%d %H:%M:%S";
+            assert_eq!(strftime(format, seconds).replace(" 00", " ").replace(" 060", " 60"), date);
+        }
+    }
+
+    #[test]
+    fn directives_are_those_of_python() {
+        assert_eq!(strftime("%d %b %y, %I:%M %p %%", 1_709_208_059), "29 Feb 24, 12:00 PM %");
+        assert_eq!(strftime("%d %B %Y %a", 1_709_208_059), "29 February 2024 Thu");
+        assert_eq!(strftime("%F %T %Z%z", 0), "1970-01-01 00:00:00 UTC+0000");
+        assert_eq!(strftime("%Q 100%", 0), "%Q 100%");
+    }
 }

@@ -96,13 +96,13 @@ impl ChatTemplate {
     /// # Errors
     /// [`TextError::Template`] when the template refuses the messages, fails, or takes more work or room than any real one.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TextError> {
-        let content: usize = messages
+        let input: usize = messages
             .iter()
             .map(|message| message.role.len() + message.content.len())
             .sum();
         let mut output = Bounded {
             bytes: Vec::new(),
-            room: content.saturating_mul(MAX_GROWTH).saturating_add(MAX_EXTRA),
+            room: input.saturating_mul(MAX_GROWTH).saturating_add(MAX_EXTRA),
         };
         let context = minijinja::context! {
             messages,

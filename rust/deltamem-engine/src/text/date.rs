@@ -112,21 +112,24 @@ mod tests {
     #[test]
     fn dates_are_those_of_the_calendar() {
         for (seconds, date) in [
-            (0, "Thursday 1 1970-01-01 00:00:00"),
-            (951_782_400, "Tuesday 60 2000-02-29 00:00:00"),
-            (1_709_208_059, "Thursday 60 2024-02-29 12:00:59"),
+            (0, "Thursday 001 1970-01-01 00:00:00"),
+            (951_782_400, "Tuesday 060 2000-02-29 00:00:00"),
+            (1_709_208_059, "Thursday 060 2024-02-29 12:00:59"),
             (1_735_689_599, "Tuesday 366 2024-12-31 23:59:59"),
-            (4_107_542_400, "Monday 60 2100-03-01 00:00:00"),
-            (16_725_225_600, "Saturday 1 2500-01-01 00:00:00"),
+            (4_107_542_400, "Monday 060 2100-03-01 00:00:00"),
+            (16_725_225_600, "Friday 001 2500-01-01 00:00:00"),
         ] {
             let format = "%A %j %Y-%m-%d %H:%M:%S";
-            assert_eq!(strftime(format, seconds).replace(" 00", " ").replace(" 060", " 60"), date);
+            assert_eq!(strftime(format, seconds), date);
         }
     }
 
     #[test]
     fn directives_are_those_of_python() {
-        assert_eq!(strftime("%d %b %y, %I:%M %p %%", 1_709_208_059), "29 Feb 24, 12:00 PM %");
+        assert_eq!(
+            strftime("%d %b %y, %I:%M %p %%", 1_709_208_059),
+            "29 Feb 24, 12:00 PM %"
+        );
         assert_eq!(strftime("%d %B %Y %a", 1_709_208_059), "29 February 2024 Thu");
         assert_eq!(strftime("%F %T %Z%z", 0), "1970-01-01 00:00:00 UTC+0000");
         assert_eq!(strftime("%Q 100%", 0), "%Q 100%");

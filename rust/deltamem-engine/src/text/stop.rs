@@ -78,3 +78,93 @@ impl StopScanner {
             .map_or(0, |start| self.held.len() - start)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn scanner(stops: &[&str]) -> StopScanner {
+        StopScanner::new(stops.iter().map(|&stop| stop.to_owned()).collect())
+    }
+
+    /// Pushes the pieces; returns what came out and whether a stop text came.
+    fn scan(scanner: &mut StopScanner, pieces: &[&str]) -> (String, bool) {
+        let mut out = String::new();
+        for piece in pieces {
+            match scanner.push(piece) {
+                StopScan::Text(text) => out.push_str(&text),
+                StopScan::Stopped(text) => return (out + &text, true),
+            }
+        }
+        (out + &scanner.finish(), false)
+    }
+
+    /// The definition, character by character: stop as soon as the text ends with a stop text, the longest such.
+    fn naive(stops: &[String], text: &str) -> (String, bool) {
+        for (at, character) in text.char_indices() {
+            let so_far = &text[..at + character.len_utf8()];
+            let longest = stops
+                .iter()
+                .filter(|stop| so_far.ends_with(*stop))
+                .map(String::len)
+                .max();
+            if let Some(longest) = longest {
+                return (so_far[..so_far.len() - longest].to_owned(), true);
+            }
+        }
+        (text.to_owned(), false)
+    }
+
+    proptest! {
+        #[test]
+        fn any_cut_into_pieces_stops_where_the_definition_does(
+            text in "[abcé]{0,40}",
+            stops in prop::collection::vec("[abcé]{1,5}", 0..4),
+            cuts in prop::collection::vec(0..40_usize, 0..10),
+        ) {
+            let mut starts: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+            starts.push(text.len());
+            let mut ends: Vec<usize> = cuts.iter().map(|cut| starts[cut % starts.len()]).chain([text.len()]).collect();
+            ends.sort_unstable();
+            let pieces: Vec<&str> = ends.iter().zip([0].iter().chain(&ends)).map(|(&to, &from)| &text[from..to]).collect();
+
+            let found = scan(&mut StopScanner::new(stops.clone()), &pieces);
+            prop_assert_eq!(&found, &naive(&stops, &text));
+            prop_assert_eq!(found.1, stops.iter().any(|stop| text.contains(stop.as_str())));
+        }
+    }
+
+    #[test]
+    fn a_stop_text_may_span_pieces_and_nothing_of_it_comes_out() {
+        assert_eq!(
+            scan(&mut scanner(&["\nUser:"]), &["Hello", "\n", "Us", "er", ": hi"]),
+            ("Hello".into(), true)
+        );
+    }
+
+    #[test]
+    fn only_what_may_become_a_stop_text_is_held() {
+        let mut scanner = scanner(&["</s>", "END"]);
+        assert_eq!(scanner.push("a </"), StopScan::Text("a ".into()));
+        assert_eq!(scanner.push("s"), StopScan::Text(String::new()));
+        assert_eq!(scanner.push("b E"), StopScan::Text("</sb ".into()));
+        assert_eq!(scanner.finish(), "E");
+    }
+
+    #[test]
+    fn after_a_stop_text_everything_is_swallowed() {
+        let mut scanner = scanner(&["."]);
+        assert_eq!(scanner.push("a.b"), StopScan::Stopped("a".into()));
+        assert_eq!(scanner.push("c"), StopScan::Stopped(String::new()));
+        assert_eq!(scanner.finish(), "");
+    }
+
+    #[test]
+    fn without_stop_texts_all_comes_out_at_once() {
+        let mut scanner = scanner(&["", ""]);
+        assert_eq!(scanner.push("abc"), StopScan::Text("abc".into()));
+        assert_eq!(scanner.finish(), "");
+    }
+}

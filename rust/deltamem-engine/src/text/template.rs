@@ -247,3 +247,154 @@ fn without_generation_tags(source: &str) -> String {
     result.push_str(rest);
     result
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn messages(all: &[(&str, &str)]) -> Vec<Message> {
+        all.iter()
+            .map(|&(role, content)| Message {
+                role: role.into(),
+                content: content.into(),
+            })
+            .collect()
+    }
+
+    fn render(source: &str, all: &[(&str, &str)]) -> Result<String, TextError> {
+        ChatTemplate::new(source, "<s>", "</s>")?.render(&messages(all), true)
+    }
+
+    fn failure(source: &str) -> (Option<usize>, String) {
+        match render(source, &[("user", "hi")]) {
+            Err(TextError::Template { line, message }) => (line, message),
+            other => (None, format!("no template error but {other:?}")),
+        }
+    }
+
+    #[test]
+    fn a_template_renders_as_hugging_face_renders_it() {
+        // Blocks on lines of their own leave neither their indentation nor their line break.
+        let source = "\
+{%- if messages[0].role == 'system' %}
+    {{- bos_token + messages[0]['content'] + '\\n' }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{% for message in messages %}
+    {% if loop.first %}
+[
+    {% endif %}
+<|{{ message.role }}|>{{ message['content'] | trim }}{{ eos_token if message.role == 'assistant' }}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}
+";
+        let out = render(
+            source,
+            &[("system", "Be brief."), ("user", " hello "), ("assistant", "hi")],
+        )
+        .unwrap();
+        assert_eq!(
+            out,
+            "<s>Be brief.\n[\n<|user|>hello\n<|assistant|>hi</s>\n<|assistant|>\n"
+        );
+    }
+
+    #[test]
+    fn python_s_methods_and_jinja_s_extensions_are_there() {
+        for (source, expected) in [
+            (
+                "{{ messages[0].content.split('</think>')[-1].lstrip('\\n') }}",
+                "answer",
+            ),
+            ("{{ messages[0].content.startswith('<think>') }}", "True"),
+            (
+                "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+                "user",
+            ),
+            (
+                "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+                "2",
+            ),
+            (
+                "{% for m in messages[::-1] %}{{ m.role }} {% endfor %}",
+                "assistant user ",
+            ),
+            (
+                "{{ 'none' if tools is none else 'some' }}{{ 'undefined' if enable_thinking is not defined }}",
+                "noneundefined",
+            ),
+            ("{{ messages[0].get('name', 'nobody') }}", "nobody"),
+            ("{{ strftime_now('%Y') | int > 2000 }}", "True"),
+            ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m('a') }}", "<a>"),
+        ] {
+            let out = render(
+                source,
+                &[("user", "<think>hm</think>\nanswer"), ("assistant", "b")],
+            )
+            .unwrap();
+            assert_eq!(out, expected, "{source}");
+        }
+    }
+
+    #[test]
+    fn json_is_python_s_and_nothing_is_escaped_for_html() {
+        let source = "{{ {'a': [1, 'x'], 'b': {}, 'c': messages[0].content} | tojson }}";
+        assert_eq!(
+            render(source, &[("user", "<é & 'q'>\n")]).unwrap(),
+            r#"{"a": [1, "x"], "b": {}, "c": "<é & 'q'>\n"}"#
+        );
+        let source = "{{ {'a': [1, 2], 'b': []} | tojson(indent=2) }}";
+        assert_eq!(
+            render(source, &[]).unwrap(),
+            "{\n  \"a\": [\n    1,\n    2\n  ],\n  \"b\": []\n}"
+        );
+        assert_eq!(
+            render("{{ messages[0].content }}", &[("user", "<b>&\"")]).unwrap(),
+            "<b>&\""
+        );
+    }
+
+    #[test]
+    fn generation_marks_are_passed_over() {
+        let source = "a{% generation %}b{%- endgeneration %} c {%- generation -%} d {%- endgeneration -%} e";
+        assert_eq!(render(source, &[]).unwrap(), "ab cde");
+        assert_eq!(
+            without_generation_tags("{% if generation %}{% x"),
+            "{% if generation %}{% x"
+        );
+    }
+
+    #[test]
+    fn errors_name_the_line_and_the_template_s_own_words() {
+        assert_eq!(
+            failure("a\nb\n{{ raise_exception('Roles must alternate') }}"),
+            (Some(3), "Roles must alternate".into())
+        );
+        assert_eq!(failure("a\n{% if %}").0, Some(2));
+        assert_eq!(failure("a\n\n{{ messages.nothing.at_all }}").0, Some(3));
+        assert_eq!(failure("{{ nothing_of_the_kind() }}").0, Some(1));
+        assert_eq!(failure("{% include 'other' %}").0, Some(1));
+        let error = render("{{ raise_exception('No.') }}", &[]).unwrap_err();
+        assert_eq!(error.to_string(), "the chat template, line 1: No.");
+    }
+
+    #[test]
+    fn a_template_that_would_never_end_is_stopped() {
+        let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        assert!(failure(loops).1.contains("more work"), "{:?}", failure(loops));
+        let recursion = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
+        assert!(failure(recursion).0.is_some(), "{:?}", failure(recursion));
+        let flood = "{% set x = 'xxxxxxxxxx' * 10000 %}{% for a in range(99999) %}{{ x }}{% endfor %}";
+        assert!(failure(flood).1.contains("longer than"), "{:?}", failure(flood));
+        assert!(failure(&"x".repeat(MAX_SOURCE + 1)).1.contains("are allowed"));
+        let nested = format!(
+            "{}{}",
+            "{% if true %}".repeat(10_000),
+            "{% endif %}".repeat(10_000)
+        );
+        assert!(failure(&nested).1.contains("recursion"), "{:?}", failure(&nested));
+    }
+}

@@ -9,9 +9,21 @@ from typing import Any, Literal, TypeAlias, final, overload
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "__version__",
+    "Model",
+    "Geometry",
+    "Session",
+    "Generation",
+    "GenerationStats",
+    "Snapshot",
+    "doctor",
+    "scan",
+]
+
 __version__: str
 
-TokenIds: TypeAlias = str | Sequence[int] | NDArray[np.int32] | NDArray[np.int64]
+_TokenIds: TypeAlias = str | Sequence[int] | NDArray[np.int32] | NDArray[np.int64]
 
 @final
 class Geometry:
@@ -58,14 +70,14 @@ class Model:
 @final
 class Session:
     @overload
-    def feed(self, tokens: TokenIds, write: bool = True, logits: Literal[False] = False) -> None: ...
+    def feed(self, tokens: _TokenIds, write: bool = True, logits: Literal[False] = False) -> None: ...
     @overload
-    def feed(self, tokens: TokenIds, write: bool = True, *, logits: Literal[True]) -> NDArray[np.float32]: ...
+    def feed(self, tokens: _TokenIds, write: bool = True, *, logits: Literal[True]) -> NDArray[np.float32]: ...
     @overload
-    def feed(self, tokens: TokenIds, write: bool, logits: Literal[True]) -> NDArray[np.float32]: ...
+    def feed(self, tokens: _TokenIds, write: bool, logits: Literal[True]) -> NDArray[np.float32]: ...
     def generate(
         self,
-        prompt: TokenIds | None = None,
+        prompt: _TokenIds | None = None,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -117,7 +129,11 @@ class Session:
     def cache_bytes(self) -> int: ...
     def __enter__(self) -> Session: ...
     def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+        /,
     ) -> None: ...
 
 @final

@@ -44,7 +44,9 @@ def rng_ids(count: int, seed: int = 0) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("logits", [False, True])
-def test_what_cannot_be_fed(session: dm.Session, value: object, error: type[Exception], message: str, logits: bool) -> None:
+def test_what_cannot_be_fed(
+    session: dm.Session, value: object, error: type[Exception], message: str, logits: bool
+) -> None:
     session.feed(rng_ids(5))
     before = session.snapshot().to_bytes()
     with pytest.raises(error, match=message):
@@ -62,7 +64,15 @@ def test_nothing_is_fed_by_nothing(session: dm.Session) -> None:
 def test_every_form_of_ids_is_the_same_stream(ids_model: dm.Model) -> None:
     ids = rng_ids(40)
     strided = np.repeat(ids, 2)[::2]
-    forms = [ids, ids.astype(np.int64), ids.tolist(), tuple(ids.tolist()), list(ids), strided, ids.astype(">i4").astype(np.int32)]
+    forms = [
+        ids,
+        ids.astype(np.int64),
+        ids.tolist(),
+        tuple(ids.tolist()),
+        list(ids),
+        strided,
+        ids.astype(">i4").astype(np.int32),
+    ]
     states = []
     for form in forms:
         with ids_model.session() as session:
@@ -264,7 +274,14 @@ def test_a_sealed_bundle_whose_graph_is_none(copy: Path) -> None:
 
 
 def test_bytes_that_are_no_snapshot() -> None:
-    for data in (b"", b"\0" * 8, b"\xff" * 64, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 2) + b"{}", b"PK\3\4" * 100):
+    for data in (
+        b"",
+        b"\0" * 8,
+        b"\xff" * 64,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2) + b"{}",
+        b"PK\3\4" * 100,
+    ):
         with pytest.raises(dm.SnapshotError):
             dm.Snapshot.from_bytes(data)
     with pytest.raises(TypeError):

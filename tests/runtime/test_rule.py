@@ -33,7 +33,11 @@ def oracle(q, k, v, keep, erase, write, state, mask):
 
 @st.composite
 def streams(draw):
-    tokens, heads, rank = draw(st.integers(0, 40)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 33, 64]))
+    tokens, heads, rank = (
+        draw(st.integers(0, 40)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 33, 64])),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     gates = rank if draw(st.booleans()) else 1
     mode = draw(st.sampled_from(["standard", "lambda_outside", "no_lambda"]))

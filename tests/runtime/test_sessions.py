@@ -223,8 +223,8 @@ def test_breaking_out_stops_the_work_and_keeps_what_was_given(session: dm.Sessio
     seen = session.tokens_seen
     time.sleep(0.05)
     assert session.tokens_seen == seen == 12, "the third token is read at the next call"
+    session.feed([5])
     with pytest.raises(dm.SessionError, match="ended by a later call"):
-        session.feed([5])
         next(reply)
     assert session.tokens_seen == 14
     assert reply.stats.finish_reason == "closed"
@@ -297,7 +297,8 @@ def test_measuring_changes_nothing_but_gives_a_ratio(ids_model: dm.Model) -> Non
             session.end_turn()
         a = plain.generate(rng_ids(5), max_new_tokens=6)
         b = measured.generate(rng_ids(5), max_new_tokens=6, measure=True)
-        a.read(), b.read()
+        a.read()
+        b.read()
         assert a.token_ids == b.token_ids
         np.testing.assert_allclose(plain.memory, measured.memory, rtol=0, atol=1e-5)
         assert 0 < b.stats.delta_ratio < 10

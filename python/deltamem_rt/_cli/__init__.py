@@ -16,6 +16,7 @@ from deltamem_rt.errors import BundleError, DeltaMemError, FingerprintError, Sna
 
 from . import chat, demo, doctor, inspect
 from .arguments import UsageError
+from .terminal import explain
 
 __all__ = ["main"]
 
@@ -63,6 +64,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(error: BaseException, code: int) -> int:
     # argparse's own form, so that every error of the command looks alike.
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"deltamem: error: {text}", file=sys.stderr)
+    print(f"deltamem: error: {explain(error)}", file=sys.stderr)
     return code

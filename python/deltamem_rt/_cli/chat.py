@@ -28,7 +28,7 @@ from .arguments import (
     not_negative,
     positive,
 )
-from .terminal import Terminal, pairs, size
+from .terminal import Terminal, count, explain, pairs, size
 
 _HELP = [
     ("/memory", "what the memory is: bytes, norm by layer, tokens seen"),
@@ -134,9 +134,9 @@ class Conversation:
         rows = [
             (
                 "memory",
-                f"{memory.nbytes:,} bytes: {layers} layers x {heads} heads x {rank} x {rank}, float32",
+                f"{memory.nbytes:,} bytes: {count(layers, 'layer')} x {count(heads, 'head')} x {rank} x {rank}, float32",
             ),
-            ("tokens seen", f"{self.session.tokens_seen:,} in {self.session.turns:,} turns"),
+            ("tokens seen", f"{self.session.tokens_seen:,} in {count(self.session.turns, 'turn')}"),
         ]
         rows += [(f"norm, layer {layer}", f"{np.linalg.norm(memory[layer]):.4g}") for layer in range(layers)]
         for text in pairs(rows):
@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
             except (UsageError, DeltaMemError, ValueError, OSError) as error:
                 if session.position:
                     session.end_turn()
-                terminal.line(terminal.bad(f"error: {error}"))
+                terminal.line(terminal.bad(f"error: {explain(error)}"))
 
 
 def load(session: Session, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from deltamem_rt import _native
 from deltamem_rt._default import default_bundle
-from deltamem_rt._onnxruntime import ENVIRONMENT_VARIABLE, INSTALL, find_library
+from deltamem_rt._onnxruntime import ENVIRONMENT_VARIABLE, find_library
 from deltamem_rt.errors import DeltaMemError
 
 from .arguments import Commands
@@ -111,7 +111,4 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
     if report["ok"]:
         terminal.line(terminal.good("models can run here"))
     else:
-        problem = report["problem"]
-        terminal.line(
-            terminal.bad(f"no model can run here: {problem}" + ("" if "pip install" in problem else f"; {INSTALL}"))
-        )
+        terminal.line(terminal.bad(f"no model can run here: {report['problem']}"))

@@ -13,7 +13,7 @@ import numpy as np
 from deltamem_rt._native import Snapshot
 
 from .arguments import Commands, UsageError
-from .terminal import Terminal, pairs, shorten, size
+from .terminal import Terminal, count, pairs, shorten, size
 
 _HEADER_LIMIT = 100 * 1024 * 1024
 """The safetensors format's own limit for a header: nothing longer is read."""
@@ -93,8 +93,8 @@ def _show_bundle(path: Path, manifest: dict[str, Any], problems: list[str], term
         ),
         (
             "memory",
-            f"{size(4 * len(layers) * heads * rank * rank)} a user: {len(layers)} layers ({_ranges(layers)}) x {heads} heads x "
-            f"{rank} x {rank}, float32",
+            f"{size(4 * len(layers) * heads * rank * rank)} a user: {count(len(layers), 'layer')} ({_ranges(layers)}) x "
+            f"{count(heads, 'head')} x {rank} x {rank}, float32",
         ),
         (
             "rule",
@@ -151,10 +151,10 @@ def _snapshot(path: Path, as_json: bool, terminal: Terminal) -> int:
     layers, heads, rank, _ = snapshot.memory.shape
     rows = [
         ("fingerprint", snapshot.fingerprint),
-        ("seen", f"{snapshot.tokens_seen:,} tokens in {snapshot.turns:,} turns"),
+        ("seen", f"{count(snapshot.tokens_seen, 'token')} in {count(snapshot.turns, 'turn')}"),
         (
             "memory",
-            f"{size(snapshot.memory.nbytes)}: {layers} layers x {heads} heads x {rank} x {rank}, float32",
+            f"{size(snapshot.memory.nbytes)}: {count(layers, 'layer')} x {count(heads, 'head')} x {rank} x {rank}, float32",
         ),
         ("norm by layer", ", ".join(f"{norm:.3g}" for norm in norms)),
     ]

@@ -79,9 +79,21 @@ def shorten(text: str, width: int) -> str:
     return text + "…"
 
 
+def shorten_middle(text: str, width: int) -> str:
+    """One line of at most `width` columns, cut in its middle: a sentence often ends with what matters."""
+    text = " ".join(text.split())
+    if columns(text) <= width:
+        return text
+    head = shorten(text, width * 2 // 5)
+    tail = text
+    while tail and columns(tail) > width - columns(head):
+        tail = tail[1:]
+    return head + tail
+
+
 def pad(text: str, width: int) -> str:
-    """The text cut or filled with spaces to exactly `width` columns."""
-    text = shorten(text, width)
+    """The text cut in its middle, or filled with spaces, to exactly `width` columns."""
+    text = shorten_middle(text, width)
     return text + " " * (width - columns(text))
 
 
@@ -114,3 +126,15 @@ def size(count: int) -> str:
         if value < 1024 or unit == "GiB":
             break
     return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
+
+
+def count(number: int, what: str) -> str:
+    """A number and what it counts: 1 turn, 2,000 turns."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line; a file's error as words and its name, without the number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

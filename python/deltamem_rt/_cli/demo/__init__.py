@@ -166,9 +166,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _beside(model: Model, name: str) -> Path:
     """A file of the bundle, or the embedded default's where the bundle has none of its own."""
-    for folder in (model.path, default_bundle()):
-        if (folder / name).is_file():
-            return folder / name
+    own = model.path / name
+    if own.is_file():
+        return own
+    embedded = default_bundle() / name
+    if embedded.is_file():
+        return embedded
     raise UsageError(f"neither {model.path} nor the embedded default has a {name}, which the demo draws from")
 
 

@@ -82,8 +82,13 @@ def _fact(relation: Relation, rng: random.Random) -> Fact:
 def is_right(reply: str, fact: Fact) -> bool:
     """Whether the reply says the true value, as whole words, and no other value of the same relation."""
     words = _words(reply)
-    rest, found = _without(words, _words(fact.value))
-    return found and not any(_without(rest, _words(value))[1] for value in fact.values if value != fact.value)
+    said = set()
+    # The longest first: who says "dark blue" has not said "blue".
+    for value in sorted(fact.values, key=lambda value: -len(_words(value))):
+        words, found = _without(words, _words(value))
+        if found:
+            said.add(value)
+    return said == {fact.value}
 
 
 def chance(people: list[Person]) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from deltamem_rt._cli.terminal import Terminal, columns, duration, pad, shorten, size
+from deltamem_rt._cli.terminal import Terminal, duration, pad, shorten, shorten_middle, size
 from deltamem_rt._native import Model
 
 from .cast import Fact, Person
-from .cost import MARKS, Cost
+from .cost import MARKS, REPEATS, Cost
 from .restart import Restart
 
 SHOWN = 2
@@ -202,12 +203,10 @@ class Report(Silent):
                     if not (row.right and other.right):
                         continue
                     t = self.terminal
-                    t.line(
-                        f"    {len(rows) and self.people} people, one model: asked for the same thing, each gets their own."
-                    )
+                    t.line(f"    {self.people} people, one model: asked for the same thing, each gets their own.")
                     for one in (row, other):
                         text = f"person {one.person}: {one.fact.question}  {one.reply}"
-                        t.line(t.dim(f"      {shorten(text, t.width - 8)}"))
+                        t.line(t.dim(f"      {shorten_middle(text, t.width - 8)}"))
                     t.line()
                     return
 
@@ -238,16 +237,12 @@ class Report(Silent):
         for how, star in stars.items():
             if star:
                 t.line(t.dim(f"    {star} {how}"))
-        t.line(
-            t.dim(
-                f"    measured: one session streamed {price.streamed_tokens:,} tokens ({price.tokens_per_second:,.0f} a second) and was timed"
-            )
-        )
-        t.line(
-            t.dim(
-                "    at each mark, median of 7 turns. Re-reading is the same engine and model reading those tokens anew."
-            )
-        )
+        for line in textwrap.wrap(
+            f"Measured: one session streamed {price.streamed_tokens:,} tokens ({price.tokens_per_second:,.0f} a second) and was timed at "
+            f"each mark, median of {REPEATS} turns; reading it again is the same engine and model reading those tokens anew.",
+            t.width - 6,
+        ):
+            t.line(t.dim(f"    {line}"))
 
     def end(self, memory_bytes: int, seconds: float) -> None:
         """The demo is over."""
@@ -262,15 +257,14 @@ class Report(Silent):
         t = self.terminal
         t.line()
         t.line(f"  {t.bold(f'{number}  {title}')}")
-        if columns(text) > t.width - 6:
-            text = shorten(text, t.width - 6)
-        t.line(t.dim(f"     {text}"))
+        for line in textwrap.wrap(text, t.width - 6):
+            t.line(t.dim(f"     {line}"))
 
     def _widths(self) -> tuple[int, int, int]:
-        """Columns for question, reply, and reply without memory."""
-        room = max(60, self.terminal.width) - 4 - 4 - 16 - 6
-        question = room * 36 // 100
-        return question, room * 36 // 100, room - 2 * question
+        """Columns for the question, the reply with memory, and the reply without; the truth takes what is left."""
+        room = max(60, self.terminal.width - 26)
+        question, reply = room * 38 // 100, room * 34 // 100
+        return question, reply, room - question - reply
 
     def _mark(self, right: bool) -> str:
         return self.terminal.good("✓") if right else self.terminal.bad("✗")

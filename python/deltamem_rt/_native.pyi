@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "__version__",
-    "Model",
-    "Geometry",
-    "Session",
     "Generation",
     "GenerationStats",
+    "Geometry",
+    "Model",
+    "Session",
     "Snapshot",
+    "__version__",
     "doctor",
     "scan",
 ]

@@ -236,12 +236,7 @@ class AdapterConfig:
                     "of δ-mem that this exporter does not know, so its results could not be right"
                 )
         for name in settings:
-            if (
-                name not in ours
-                and name not in _ARCHIVED
-                and name not in _DORMANT
-                and name not in _INITIALISATION
-            ):
+            if name not in ours and name not in _ARCHIVED and name not in _DORMANT and name not in _INITIALISATION:
                 raise AdapterError(
                     f"setting {name} is {settings[name]!r}; this exporter does not know that setting, so it "
                     "cannot tell whether it "
@@ -286,9 +281,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise AdapterError(
-                f"{self.source}: no layer has tensors; expected keys model.layers.<i>.self_attn.<name>"
-            )
+            raise AdapterError(f"{self.source}: no layer has tensors; expected keys model.layers.<i>.self_attn.<name>")
         first = min(self.layers)
         hidden = self._hidden(first)
         for i, tensors in sorted(self.layers.items()):
@@ -302,8 +295,7 @@ class Adapter:
         wanted = self.config.target_layers
         if wanted and tuple(sorted(self.layers)) != wanted:
             raise AdapterError(
-                f"{self.source}: tensors for layers {sorted(self.layers)}, but target_layers is "
-                f"{list(wanted)}"
+                f"{self.source}: tensors for layers {sorted(self.layers)}, but target_layers is {list(wanted)}"
             )
 
     @property
@@ -373,9 +365,7 @@ class Adapter:
         return cls.from_tensors(config, tensors, source=str(path))
 
     @classmethod
-    def from_tensors(
-        cls, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str = "adapter"
-    ) -> Adapter:
+    def from_tensors(cls, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str = "adapter") -> Adapter:
         """Sorts flat keys into layers and checks all of them.
 
         Raises:
@@ -385,12 +375,8 @@ class Adapter:
         for key, tensor in tensors.items():
             match = _KEY.fullmatch(key)
             if match is None:
-                raise AdapterError(
-                    f"{source}: unexpected key {key}; expected model.layers.<i>.self_attn.<name>"
-                )
-            layers.setdefault(int(match[1]), {})[match[2]] = (
-                tensor.detach().to("cpu", torch.float32).contiguous()
-            )
+                raise AdapterError(f"{source}: unexpected key {key}; expected model.layers.<i>.self_attn.<name>")
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor.detach().to("cpu", torch.float32).contiguous()
         return cls(config, layers, source)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -398,9 +384,7 @@ class Adapter:
         if need be."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(
-            json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
+        (directory / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         save_file(dict(self.tensors()), directory / SAFETENSORS_FILE, metadata={"format": "deltamem-adapter"})
 
     def _hidden(self, i: int) -> int:
@@ -427,19 +411,15 @@ class Adapter:
             want = required.get(name) or optional.get(name)
             if want is None:
                 raise AdapterError(
-                    f"{self.source}: unexpected key {key} {list(tensor.shape)}; these settings have no such "
-                    "tensor"
+                    f"{self.source}: unexpected key {key} {list(tensor.shape)}; these settings have no such tensor"
                 )
             if tuple(tensor.shape) != want:
-                raise AdapterError(
-                    f"{self.source}: key {key} has shape {list(tensor.shape)}, expected {list(want)}"
-                )
+                raise AdapterError(f"{self.source}: key {key} has shape {list(tensor.shape)}, expected {list(want)}")
             finite = torch.isfinite(tensor)
             if not bool(finite.all()):
                 where = (~finite).nonzero()[0].tolist()
                 raise AdapterError(
-                    f"{self.source}: key {key} holds {tensor[tuple(where)].item()} at {where}, expected "
-                    "finite numbers"
+                    f"{self.source}: key {key} holds {tensor[tuple(where)].item()} at {where}, expected finite numbers"
                 )
 
 
@@ -457,9 +437,7 @@ def expected_shapes(
     if config.delta_o_rmsnorm:
         (required if "o" in config.delta_heads else optional)["delta_o_rmsnorm_weight"] = (shape.o,)
     if config.trainable_delta_scale:
-        required["delta_scale_raw"] = (
-            (1,) if config.delta_scale_granularity == "layer" else (len(DELTA_HEADS),)
-        )
+        required["delta_scale_raw"] = (1,) if config.delta_scale_granularity == "layer" else (len(DELTA_HEADS),)
     return required, optional
 
 
@@ -473,9 +451,7 @@ def _read_official(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: holds a {type(loaded).__name__}, expected a dict from keys to tensors")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            raise AdapterError(
-                f"{path}: key {key!r} holds {_kind(value)}, expected a tensor of floating-point numbers"
-            )
+            raise AdapterError(f"{path}: key {key!r} holds {_kind(value)}, expected a tensor of floating-point numbers")
     return loaded
 
 
@@ -486,9 +462,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: not a whole safetensors file ({error})") from error
     for key, value in tensors.items():
         if not value.is_floating_point():
-            raise AdapterError(
-                f"{path}: key {key} holds {_kind(value)}, expected a tensor of floating-point numbers"
-            )
+            raise AdapterError(f"{path}: key {key} holds {_kind(value)}, expected a tensor of floating-point numbers")
     return tensors
 
 

@@ -121,9 +121,7 @@ class DeltaMemory(nn.Module):
         for p in c.delta_heads:
             delta = F.linear(flat, self.get_parameter(f"delta_{p}_proj")) * (c.scaling * self.scale(p))
             if p == "o" and c.delta_o_rmsnorm:
-                delta = F.rms_norm(
-                    delta, delta.shape[-1:], self.delta_o_rmsnorm_weight, c.delta_o_rmsnorm_eps
-                )
+                delta = F.rms_norm(delta, delta.shape[-1:], self.delta_o_rmsnorm_weight, c.delta_o_rmsnorm_eps)
             deltas[p] = delta
         return deltas
 
@@ -147,9 +145,7 @@ class MemoryHandle(nn.Module):
         scan: the recurrence in use.
     """
 
-    def __init__(
-        self, model: nn.Module, config: AdapterConfig, layers: Mapping[int, DeltaMemory], scan: Scan
-    ) -> None:
+    def __init__(self, model: nn.Module, config: AdapterConfig, layers: Mapping[int, DeltaMemory], scan: Scan) -> None:
         super().__init__()
         self.config = config
         self.layer_indices = tuple(sorted(layers))
@@ -178,9 +174,7 @@ class MemoryHandle(nn.Module):
         c = self.config
         want = (len(self.layer_indices), c.num_state_heads, c.rank, c.rank)
         if value.ndim != 5 or tuple(value.shape[1:]) != want:
-            raise ValueError(
-                f"state has shape {list(value.shape)}, expected [B, {', '.join(map(str, want))}]"
-            )
+            raise ValueError(f"state has shape {list(value.shape)}, expected [B, {', '.join(map(str, want))}]")
         self._states = list(value.unbind(dim=1))
 
     def reset(self, batch: int = 1) -> None:
@@ -210,22 +204,16 @@ class MemoryHandle(nn.Module):
 
     def _hang(self, i: int, attention: nn.Module) -> None:
         heads = set(self.config.delta_heads)
-        self._hooks.append(
-            attention.register_forward_pre_hook(partial(self._before_attention, i), with_kwargs=True)
-        )
+        self._hooks.append(attention.register_forward_pre_hook(partial(self._before_attention, i), with_kwargs=True))
         self._hooks.append(attention.register_forward_hook(partial(self._after_attention, i)))
         packed = getattr(attention, "qkv_proj", None)
         if packed is not None and heads & {"q", "k", "v"}:
             hook = partial(self._correct_packed, i, attention_shape(attention))
             self._hooks.append(packed.register_forward_hook(hook))
         for p in heads & ({"o"} if packed is not None else set(DELTA_HEADS)):
-            self._hooks.append(
-                attention.get_submodule(f"{p}_proj").register_forward_hook(partial(self._correct, i, p))
-            )
+            self._hooks.append(attention.get_submodule(f"{p}_proj").register_forward_hook(partial(self._correct, i, p)))
 
-    def _before_attention(
-        self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _before_attention(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self._deltas[i] = self._step(i, h)
 
@@ -240,9 +228,7 @@ class MemoryHandle(nn.Module):
     ) -> Tensor:
         parts = zip("qkv", output.split([shape.q, shape.k, shape.v], dim=-1), strict=True)
         deltas = self._deltas[i]
-        return torch.cat(
-            [part + deltas[p].to(part.dtype) if p in deltas else part for p, part in parts], dim=-1
-        )
+        return torch.cat([part + deltas[p].to(part.dtype) if p in deltas else part for p, part in parts], dim=-1)
 
     def _step(self, i: int, h: Tensor) -> dict[str, Tensor]:
         """One layer's whole turn: propose, read and write, correct. h: [B, T, D]."""
@@ -253,8 +239,7 @@ class MemoryHandle(nn.Module):
         state = self._states[at]  # (B, H, r, r)
         if state.shape[0] != h.shape[0]:
             raise ValueError(
-                f"the state is of {state.shape[0]} sequences, the call of {h.shape[0]}; reset({h.shape[0]}) "
-                "first"
+                f"the state is of {state.shape[0]} sequences, the call of {h.shape[0]}; reset({h.shape[0]}) first"
             )
         layer: DeltaMemory = self.layers[str(i)]  # type: ignore[assignment]
         proposal = layer.propose(h.to(state.dtype))
@@ -265,9 +250,7 @@ class MemoryHandle(nn.Module):
             keep, erase, write = torch.ones_like(keep), torch.zeros_like(erase), torch.zeros_like(write)
         elif self.write_mask is not None:
             if self.write_mask.shape != h.shape[:2]:
-                raise ValueError(
-                    f"write_mask has shape {list(self.write_mask.shape)}, expected {list(h.shape[:2])}"
-                )
+                raise ValueError(f"write_mask has shape {list(self.write_mask.shape)}, expected {list(h.shape[:2])}")
             may = (self.write_mask != 0)[:, :, None, None]  # (B, T, 1, 1)
             keep, erase, write = (
                 torch.where(may, keep, 1),
@@ -324,8 +307,7 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     found = [getattr(layer, "self_attn", None) for layer in layers]
     if None in found:
         raise ExportError(
-            f"{type(model).__name__}: layer {found.index(None)} has no self_attn; its attention cannot be "
-            "found"
+            f"{type(model).__name__}: layer {found.index(None)} has no self_attn; its attention cannot be found"
         )
     return [module for module in found if module is not None]
 

@@ -1,0 +1,185 @@
+"""A frozen decoder on local disk, loaded once: its configuration, its weights, the widths of its attention,
+and a hash of what it is. It knows which families the exporter has been checked on and refuses the others by
+name; it knows nothing of ONNX or of memories.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from deltamem_export.adapter import AttentionShape
+from deltamem_export.errors import ExportError
+from deltamem_export.reference import attention_shape, attentions
+
+# Families whose grafted graph was compared with the reference: architecture → model_type.
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that the bundle's manifest records of a backbone."""
+
+    architecture: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Special token ids; `eos` lists every id that ends a text."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+class Backbone:
+    """A decoder in evaluation mode, with the dtype that its files have, never trained here."""
+
+    def __init__(self, directory: Path, config: PretrainedConfig, model: nn.Module) -> None:
+        self.directory = directory
+        self.config = config
+        self.model = model
+        self.geometry = _geometry(config)
+        self.tokens = _tokens(directory, config)
+        self.shapes: list[AttentionShape] = [attention_shape(a) for a in attentions(model)]
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Backbone:
+        """Reads a Hugging Face model folder, without a network and without code from the folder.
+
+        Raises:
+            FileNotFoundError: no such folder, or no config.json in it.
+            ExportError: a family that is not supported, unreadable or missing weights.
+        """
+        directory = Path(directory)
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{directory / 'config.json'}: not found; a backbone is a Hugging Face model folder"
+            )
+        config = read_config(directory)
+        verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, local_files_only=True, dtype="auto", output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ExportError(f"{directory}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bar:
+                transformers_logging.enable_progress_bar()
+        for problem in ("missing_keys", "mismatched_keys"):
+            if report.get(problem):
+                names = ", ".join(sorted(map(str, report[problem]))[:3])
+                raise ExportError(
+                    f"{directory}: {problem.replace('_', ' ')}: {names}; the weights do not fit config.json"
+                )
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ExportError(f"{directory}: weight {name} holds NaN or infinity; the backbone's files are damaged")
+        return cls(directory, config, model.eval().requires_grad_(False))
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """BLAKE3 over the weights as the files hold them: names, dtypes, shapes, bytes; 64 hex digits."""
+        return digest_tensors(self.model.state_dict())
+
+    def digest(self, setting: str) -> str:
+        """BLAKE3 over the weights and the precision setting that they will run at, 64 hex digits."""
+        return str(blake3(f"{setting}\n{self.weights_digest}".encode()).hexdigest())
+
+    def to_float32(self) -> None:
+        """Widens the weights in place, for a comparison in float32. The digest stays that of the files."""
+        assert self.weights_digest
+        self.model.float()
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The folder's configuration.
+
+    Raises:
+        ExportError: unreadable, or of a family that is not supported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{directory / 'config.json'}: {str(error).splitlines()[0]}") from error
+    architecture = (getattr(config, "architectures", None) or ["(none)"])[0]
+    if FAMILIES.get(architecture) != config.model_type:
+        raise ExportError(
+            f"{directory / 'config.json'}: architecture {architecture} ({config.model_type}) is not "
+            "supported yet; supported are "
+            f"{', '.join(sorted(FAMILIES))}. Other families come with a later release"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ExportError(f"{directory}: the backbone is already quantised; export from its unquantised weights")
+    return config
+
+
+def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """BLAKE3 over each tensor's name, dtype, shape and bytes, names sorted; 64 hex digits."""
+    hasher = blake3()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        hasher.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    return str(hasher.hexdigest())
+
+
+def _geometry(config: PretrainedConfig) -> Geometry:
+    c: Any = config
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    if head_dim % 16:
+        raise ExportError(f"head_dim is {head_dim}; ONNX Runtime's attention needs a multiple of 16")
+    return Geometry(
+        architecture=c.architectures[0],
+        model_type=c.model_type,
+        hidden_size=c.hidden_size,
+        num_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=head_dim,
+        vocab_size=c.vocab_size,
+        context_length=c.max_position_embeddings,
+    )
+
+
+def _tokens(directory: Path, config: PretrainedConfig) -> Tokens:
+    """From config.json; generation_config.json knows better where it says something, as it does when a text
+    is generated."""
+    found = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    path = directory / "generation_config.json"
+    if path.is_file():
+        try:
+            generation = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ExportError(f"{path}: not JSON ({error})") from error
+        found |= {name: generation[name] for name in found if generation.get(name) is not None}
+    eos = found["eos_token_id"]
+    ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    return Tokens(found["bos_token_id"], ends, found["pad_token_id"])

@@ -1,0 +1,229 @@
+"""From a backbone and an adapter to a bundle on disk, whole or not at all: everything is made in a hidden
+directory beside the target, synced, and renamed. It conducts; how each part is made is in the module of that
+part. docs/bundle.md describes the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltamem_export import manifest
+from deltamem_export.adapter import Adapter
+from deltamem_export.backbone import Backbone, digest_tensors
+from deltamem_export.builder import DATA_FILE, MODEL_FILE, Precision, build
+from deltamem_export.check import check as check_graph
+from deltamem_export.errors import ExportError
+from deltamem_export.graft import graft
+from deltamem_export.text import copy_text, text_digest
+
+MEASURED_FILE = "model.measured.onnx"
+
+Say = Callable[[str], None]
+# Writes further files into the bundle's directory before it is sealed, and returns their names.
+ExtraFiles = Callable[[Path], list[str]]
+
+
+def export_bundle(
+    backbone: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Adapter,
+    out: str | os.PathLike[str],
+    precision: Precision | str = "fp32",
+    *,
+    name: str | None = None,
+    force: bool = False,
+    check: bool = True,
+    extra_files: ExtraFiles | None = None,
+    say: Say | None = None,
+) -> Path:
+    """Exports a bundle and returns its path.
+
+    Args:
+        backbone: a Hugging Face model folder.
+        adapter: an adapter's folder, or one in memory.
+        out: the bundle's directory; its parent must exist.
+        precision: of the backbone; the memory is float32 always.
+        name: for people; the directory's name if not given.
+        force: replace what is at `out`.
+        check: compare the built graph with transformers first.
+        extra_files: called with the bundle's directory before it is sealed.
+        say: gets a line before each long step; on stderr, with the time, if not given.
+
+    Raises:
+        FileNotFoundError: a folder or file that must be there is not.
+        ExportError, AdapterError: the inputs do not make a bundle; nothing is left behind.
+    """
+    target = Path(os.path.abspath(out))
+    if isinstance(precision, str):
+        precision = Precision(precision)
+    say = say or _say_on_stderr()
+    _refuse_existing(target, force)
+
+    say(f"reading {backbone}")
+    body = Backbone.load(backbone)
+    memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    if memory.config.memory_write_granularity != "token":
+        raise ExportError(
+            f"setting memory_write_granularity is {memory.config.memory_write_granularity!r}; this exporter "
+            "writes bundles with 'token' "
+            "writes, the others come with a later release"
+        )
+    layers = memory.check_backbone(body.shapes)
+
+    with _workshop(target) as (work, bundle):
+        say(f"building the decoder ({precision.setting})")
+        built = build(body, work, precision)
+        say("hashing the weights")
+        backbone_digest = body.digest(precision.setting)
+        checked = None
+        if check:
+            say("comparing the built graph with transformers")
+            checked = check_graph(body, built, precision)
+            say(
+                f"the logits differ by {checked.max_abs_diff:.2g} at most over {checked.tokens} tokens (tolerance {checked.tolerance:.2g})"
+            )
+        say(f"grafting the memory onto {len(layers)} layers")
+        facts = graft(built, bundle / MODEL_FILE, memory, layers, body.geometry.head_dim, bundle / MEASURED_FILE)
+        text = copy_text(body.directory, bundle, body.geometry.vocab_size, body.tokens.bos, body.tokens.eos)
+        extra = extra_files(bundle) if extra_files is not None else []
+
+        memory_section = manifest.memory_section(memory.config, layers)
+        backbone_section = manifest.backbone_section(body.geometry)
+        parts = {
+            "backbone": backbone_digest,
+            "adapter": adapter_digest(memory),
+            "config": manifest.config_digest(memory_section, backbone_section),
+            "tokenizer": text_digest(bundle, text),
+        }
+        files = [MODEL_FILE, DATA_FILE, MEASURED_FILE, *extra]
+        if text is not None:
+            files += [name for name in (text.tokenizer, text.chat_template) if name]
+        say("sealing the bundle")
+        sealed: Mapping[str, Any] = {
+            "name": name or target.name,
+            "fingerprint": manifest.fingerprint(parts),
+            "fingerprint_parts": parts,
+            "backbone": backbone_section,
+            "memory": memory_section,
+            "graph": manifest.graph_section(facts, MODEL_FILE, MEASURED_FILE),
+            "precision": precision.name,
+            "tokens": manifest.tokens_section(body.tokens),
+            "text": asdict(text) if text is not None else None,
+            "files": {file: manifest.file_entry(bundle / file) for file in sorted(set(files))},
+            "check": asdict(checked) if checked is not None else None,
+            "made_by": {
+                package: version(package)
+                for package in ("deltamem-export", "onnxruntime-genai", "onnxruntime", "torch", "transformers")
+            },
+        }
+        (bundle / manifest.MANIFEST_FILE).write_bytes(manifest.encode(sealed))
+        _refuse_strangers(bundle, {*files, manifest.MANIFEST_FILE})
+        _publish(bundle, target, work, force)
+    say(f"wrote {target}")
+    return target
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """BLAKE3 over the tensors that change results, 64 hex digits: an unused correction is no part of what a
+    memory means."""
+    used = {f"delta_{p}_proj" for p in adapter.config.delta_heads}
+    return digest_tensors(
+        {
+            key: tensor
+            for key, tensor in adapter.tensors()
+            if not key.rsplit(".", 1)[1].startswith("delta_")
+            or key.rsplit(".", 1)[1] in used
+            or key.endswith(("delta_scale_raw", "delta_o_rmsnorm_weight"))
+        }
+    )
+
+
+# ---------------------------------------------------------------------- whole or not at all
+
+
+def _refuse_existing(target: Path, force: bool) -> None:
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such directory; the bundle is made beside its final place")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ExportError(f"{target}: is not a directory; choose another --out")
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            raise ExportError(f"{target}: exists and is not empty; choose another --out, or replace it with --force")
+        if not (target / manifest.MANIFEST_FILE).is_file():
+            raise ExportError(
+                f"{target}: is not a bundle ({manifest.MANIFEST_FILE} is missing), so --force does not replace it"
+            )
+
+
+@contextlib.contextmanager
+def _workshop(target: Path) -> Iterator[tuple[Path, Path]]:
+    """A hidden directory beside the target, with room for work and for the bundle; gone at the end, however
+    it ends."""
+    root = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        work, bundle = root / "work", root / "bundle"
+        work.mkdir()
+        bundle.mkdir()
+        yield work, bundle
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _publish(bundle: Path, target: Path, work: Path, force: bool) -> None:
+    """Syncs every file and directory, then renames. What was at the target is moved away first and put back
+    if that fails."""
+    for path in (*bundle.rglob("*"), bundle):
+        _sync(path)
+    _refuse_existing(target, force)
+    old = work / "replaced"
+    replaces = target.exists()
+    if replaces:
+        os.rename(target, old)
+    try:
+        os.rename(bundle, target)
+    except BaseException:
+        if replaces:
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
+
+
+def _refuse_strangers(bundle: Path, named: set[str]) -> None:
+    found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
+    if found != named:
+        raise ExportError(
+            f"extra files: found {sorted(found - named)}, missing {sorted(named - found)}; the hook must name what it writes"
+        )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _say_on_stderr() -> Say:
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def set_threads(threads: int) -> None:
+    """How many threads PyTorch and the comparison use."""
+    torch.set_num_threads(threads)

@@ -60,7 +60,7 @@ endef
 rust-test: setup
 	$(call rust_tests,,)
 
-python-test: setup
+python-test: setup dist/.stamp
 	$(PY) -m pytest
 
 fmt: setup ## format all Rust and Python

@@ -60,7 +60,7 @@ pub struct EditGate {
     pub delta: PerProjection<Option<Delta>>,
     /// alpha of alpha / r.
     pub alpha: f32,
-    /// Whether q and k become unit vectors, per head.
+    /// Whether q and k are l2(tanh(W h)), per head, or W h as it is.
     pub normalize_qk: bool,
     /// How β and λ become gates.
     pub mode: UpdateMode,
@@ -177,10 +177,10 @@ impl EditGate {
         let mut q = self.query.apply(hidden);
         let mut k = self.key.apply(hidden);
         let v = self.value.apply(hidden);
-        for x in q.iter_mut().chain(&mut k) {
-            *x = x.tanh();
-        }
         if self.normalize_qk {
+            for x in q.iter_mut().chain(&mut k) {
+                *x = x.tanh();
+            }
             l2_normalize(&mut q, self.rank);
             l2_normalize(&mut k, self.rank);
         }
@@ -329,6 +329,9 @@ mod tests {
                 .collect()
         };
         let unit = |x: Vec<f64>| -> Vec<f64> {
+            if !layer.normalize_qk {
+                return x;
+            }
             let x: Vec<f64> = x.into_iter().map(f64::tanh).collect();
             x.chunks(layer.rank)
                 .flat_map(|head| {
@@ -396,8 +399,11 @@ mod tests {
             UpdateMode::NoLambda,
         ] {
             for gates in [Gates::Row, Gates::Head] {
-                for own_lambda in [false, true] {
-                    let layer = layer(mode, gates, own_lambda);
+                for (own_lambda, normalize_qk) in [(false, true), (true, true), (false, false)] {
+                    let layer = EditGate {
+                        normalize_qk,
+                        ..layer(mode, gates, own_lambda)
+                    };
                     let start = numbers(2 * 3 * 3, 7);
                     let mut state = start.clone();
                     let mut naive_state: Vec<f64> = start.iter().copied().map(f64::from).collect();

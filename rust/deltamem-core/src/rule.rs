@@ -1,4 +1,4 @@
-//! The recurrence of δ-mem over a run of tokens, in f32, a row of S at a time. It takes q, k, v and the three gates as they are: what
+//! The recurrence of δ-mem over a run of tokens, in f32, eight rows of S at a time. It takes q, k, v and the three gates as they are: what
 //! makes them is in [`crate::gates`] and [`crate::networks`]. Twins: `deltamem_export.reference` (`PyTorch`) and the graft's
 //! `LinearAttention` island (ONNX).
 //!
@@ -141,14 +141,18 @@ pub fn scan(
     reads: &mut [f32],
 ) -> Result<(), RuleError> {
     check_lengths(heads, rank, gates, tokens, state.len(), reads.len())?;
-    // The rank as a constant lets the compiler unroll and vectorise the rows; the sums are the same in every arm.
-    match rank {
-        4 => scan_rows(heads, 4, gates, tokens, state, reads),
-        8 => scan_rows(heads, 8, gates, tokens, state, reads),
-        16 => scan_rows(heads, 16, gates, tokens, state, reads),
-        32 => scan_rows(heads, 32, gates, tokens, state, reads),
-        64 => scan_rows(heads, 64, gates, tokens, state, reads),
-        rank => scan_rows(heads, rank, gates, tokens, state, reads),
+    let mut columns = vec![[0.0; LANES]; rank];
+    for head in 0..heads {
+        for first in (0..rank).step_by(LANES) {
+            let block = Block {
+                heads,
+                rank,
+                gates,
+                head,
+                first,
+            };
+            scan_block(block, tokens, &mut columns, state, reads);
+        }
     }
     Ok(())
 }
@@ -198,77 +202,98 @@ fn product(sizes: &[usize]) -> usize {
         .fold(1, |product: usize, &size| product.saturating_mul(size))
 }
 
-#[inline(always)]
-#[allow(clippy::inline_always)] // so that each arm of `scan` gets its own copy with a constant rank
-fn scan_rows(
+/// Rows of S that move together, one in each lane of a vector register. The rows of a state never look at each other, so a block of them
+/// goes through all the tokens before the next one begins, and stays close to the processor meanwhile.
+const LANES: usize = 8;
+
+/// Which rows a block holds: up to [`LANES`] of them from row `first` of `head` on.
+#[derive(Clone, Copy)]
+struct Block {
     heads: usize,
     rank: usize,
     gates: Gates,
+    head: usize,
+    first: usize,
+}
+
+impl Block {
+    /// The block's part of one token's row of [H, r].
+    fn of<'a>(&self, all: &'a [f32], token: usize) -> &'a [f32] {
+        &all[self.vector(token) + self.first..][..self.rows()]
+    }
+
+    fn rows(&self) -> usize {
+        (self.rank - self.first).min(LANES)
+    }
+
+    /// Where one token's vector of the block's head begins in [T, H, r].
+    fn vector(&self, token: usize) -> usize {
+        (token * self.heads + self.head) * self.rank
+    }
+
+    /// One token's gates for the block's rows, from [T, H, r] or [T, H, 1]. Lanes without a row get 0.
+    fn gate(&self, all: &[f32], token: usize) -> [f32; LANES] {
+        match self.gates {
+            Gates::Row => lanes(self.of(all, token)),
+            Gates::Head => [all[token * self.heads + self.head]; LANES],
+        }
+    }
+}
+
+fn lanes(values: &[f32]) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    lanes[..values.len()].copy_from_slice(values);
+    lanes
+}
+
+/// `columns` is room for the block's rows, [r][lanes]: laid out so, one number of a key meets all rows at once, and no sum runs across
+/// lanes.
+fn scan_block(
+    block: Block,
     tokens: &Tokens<'_>,
+    columns: &mut [[f32; LANES]],
     state: &mut [f32],
     reads: &mut [f32],
 ) {
-    let per_head = gates.per_head(rank);
-    let stride = usize::from(gates == Gates::Row);
+    let (rank, rows) = (block.rank, block.rows());
+    let rows_at = (block.head * rank + block.first) * rank;
+    for (lane, row) in state[rows_at..][..rows * rank].chunks_exact(rank).enumerate() {
+        for (column, &s) in columns.iter_mut().zip(row) {
+            column[lane] = s;
+        }
+    }
     for (token, &moves) in tokens.mask.iter().enumerate() {
-        for head in 0..heads {
-            let (vector, gate) = ((token * heads + head) * rank, (token * heads + head) * per_head);
-            let q = &tokens.q[vector..][..rank];
-            let k = &tokens.k[vector..][..rank];
-            let v = &tokens.v[vector..][..rank];
-            let keep = &tokens.keep[gate..][..per_head];
-            let erase = &tokens.erase[gate..][..per_head];
-            let write = &tokens.write[gate..][..per_head];
-            let reads = &mut reads[vector..][..rank];
-            let rows = state[head * rank * rank..][..rank * rank].chunks_exact_mut(rank);
-            for (i, row) in rows.enumerate() {
-                let (read, recalled) = two_dots(row, q, k);
-                reads[i] = read;
-                if moves {
-                    let g = i * stride;
-                    let amount = write[g] * v[i] - erase[g] * recalled;
-                    for (s, &key) in row.iter_mut().zip(k) {
-                        *s = keep[g] * *s + amount * key;
-                    }
+        let vector = block.vector(token);
+        let (q, k) = (&tokens.q[vector..][..rank], &tokens.k[vector..][..rank]);
+        let (mut read, mut recalled) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        for ((column, &q), &k) in columns.iter().zip(q).zip(k) {
+            for lane in 0..LANES {
+                read[lane] += column[lane] * q;
+                recalled[lane] += column[lane] * k;
+            }
+        }
+        reads[vector + block.first..][..rows].copy_from_slice(&read[..rows]);
+        if moves {
+            let v = lanes(block.of(tokens.v, token));
+            let keep = block.gate(tokens.keep, token);
+            let erase = block.gate(tokens.erase, token);
+            let write = block.gate(tokens.write, token);
+            let mut amount = [0.0; LANES];
+            for lane in 0..LANES {
+                amount[lane] = write[lane] * v[lane] - erase[lane] * recalled[lane];
+            }
+            for (column, &k) in columns.iter_mut().zip(k) {
+                for lane in 0..LANES {
+                    column[lane] = keep[lane] * column[lane] + amount[lane] * k;
                 }
             }
         }
     }
-}
-
-/// Partial sums of a dot product; the compiler keeps them in one or two vector registers.
-const LANES: usize = 8;
-
-/// (row · q, row · k), both summed in the same fixed order whatever the machine.
-#[inline(always)]
-#[allow(clippy::inline_always)] // part of `scan_rows`, whose constant rank must reach this loop
-fn two_dots(row: &[f32], q: &[f32], k: &[f32]) -> (f32, f32) {
-    let (mut read, mut recalled) = ([0.0_f32; LANES], [0.0_f32; LANES]);
-    let (rows, qs, ks) = (
-        row.chunks_exact(LANES),
-        q.chunks_exact(LANES),
-        k.chunks_exact(LANES),
-    );
-    let tail = rows.remainder().iter().zip(qs.remainder()).zip(ks.remainder());
-    for (lane, ((&s, &q), &k)) in tail.enumerate() {
-        read[lane] = s * q;
-        recalled[lane] = s * k;
-    }
-    for ((row, q), k) in rows.zip(qs).zip(ks) {
-        for lane in 0..LANES {
-            read[lane] += row[lane] * q[lane];
-            recalled[lane] += row[lane] * k[lane];
+    for (lane, row) in state[rows_at..][..rows * rank].chunks_exact_mut(rank).enumerate() {
+        for (s, column) in row.iter_mut().zip(columns.iter()) {
+            *s = column[lane];
         }
     }
-    (sum(read), sum(recalled))
-}
-
-/// The lanes' sum, pairwise.
-#[inline(always)]
-#[allow(clippy::inline_always)] // as `two_dots`
-fn sum(lanes: [f32; LANES]) -> f32 {
-    let pair = |lane: usize| lanes[lane] + lanes[lane + LANES / 2];
-    (pair(0) + pair(2)) + (pair(1) + pair(3))
 }
 
 #[cfg(test)]

@@ -123,7 +123,7 @@ pub struct Memory {
     pub couple_lambda: bool,
     /// Gates per row or per head.
     pub gates: Gates,
-    /// Whether q and k are unit vectors.
+    /// Whether q and k are l2(tanh(W h)), per head, or W h as it is.
     pub normalize_qk: bool,
     /// The projections that are corrected, in the order q k v o.
     pub delta_heads: Vec<DeltaHead>,

@@ -299,19 +299,7 @@ impl Sampler {
         let candidates = &mut self.candidates;
         if options.top_p < 1.0 {
             let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
-            // All tokens below this weight together have less than 1 − top_p, so none of them is in the nucleus: only the few
-            // others need to be sorted. Halved, so that rounding cannot take one that belongs.
-            let negligible = (1.0 - options.top_p) * total / candidates.len() as f64 / 2.0;
-            candidates.retain(|candidate| candidate.weight >= negligible);
-            candidates.sort_unstable_by(best_first);
-            let (mut sum, nucleus) = (0.0, options.top_p * total);
-            let last = candidates.iter().position(|candidate| {
-                sum += candidate.weight;
-                sum >= nucleus
-            });
-            if let Some(last) = last {
-                candidates.truncate(last + 1);
-            }
+            keep_nucleus(candidates, options.top_p, total);
         }
         if options.min_p > 0.0 {
             // The most likely token has weight 1.
@@ -369,6 +357,35 @@ impl Sampler {
         };
         // -0 becomes 0, so that equal logits are equal in `best_first` too.
         penalised + 0.0
+    }
+}
+
+/// Keeps the fewest tokens, best first, whose weights reach `top_p` of `total`.
+fn keep_nucleus(candidates: &mut Vec<Candidate>, top_p: f64, total: f64) {
+    // All tokens below this weight together have less than 1 − top_p, so none of them is in the nucleus. Halved, so that rounding
+    // cannot take one that belongs.
+    let negligible = (1.0 - top_p) * total / candidates.len() as f64 / 2.0;
+    candidates.retain(|candidate| candidate.weight >= negligible);
+    // The nucleus is mostly small: sort only as many of the best as it takes.
+    let (mut sorted, mut more, mut sum) = (0, 64, 0.0);
+    while sorted < candidates.len() {
+        let rest = &mut candidates[sorted..];
+        let next = if more < rest.len() {
+            rest.select_nth_unstable_by(more, best_first);
+            &mut rest[..more]
+        } else {
+            rest
+        };
+        next.sort_unstable_by(best_first);
+        for candidate in next.iter() {
+            sum += candidate.weight;
+            sorted += 1;
+            if sum >= top_p * total {
+                candidates.truncate(sorted);
+                return;
+            }
+        }
+        more = sorted * 3;
     }
 }
 

@@ -5,7 +5,7 @@
 use crate::gates::{Gate, l2_normalize};
 use crate::rule::{self, Gates, RuleError, Tokens, UpdateMode};
 
-/// A row-major matrix of [`rows`, `columns`] with a bias of [`rows`] or none.
+/// A row-major matrix of `[rows, columns]` with a bias of `[rows]` or none.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Linear {
     weight: Vec<f32>,
@@ -98,7 +98,7 @@ pub enum NetworkError {
 }
 
 impl Linear {
-    /// A matrix of [`rows`, `columns`], row-major, with an optional bias of [`rows`].
+    /// A matrix of `[rows, columns]`, row-major, with an optional bias of `[rows]`.
     ///
     /// # Errors
     /// [`NetworkError::Length`] when the numbers do not fill that shape.

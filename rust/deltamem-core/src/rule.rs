@@ -89,7 +89,7 @@ pub struct Tokens<'a> {
     pub erase: &'a [f32],
     /// How much of the value is put in, [T, H, G].
     pub write: &'a [f32],
-    /// Which tokens move the state, [T]. The others read it and leave every bit of it as it was.
+    /// Which tokens move the state, `[T]`. The others read it and leave every bit of it as it was.
     pub mask: &'a [bool],
 }
 

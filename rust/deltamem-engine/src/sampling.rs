@@ -180,7 +180,7 @@ impl Sampler {
         self.stream = ChaCha8Rng::from_seed(key_of(seed));
     }
 
-    /// Chooses the next token from `logits`, float32 [vocab]. `recent` are the tokens under the repetition penalty, in any order and as
+    /// Chooses the next token from `logits`, float32 of `[vocab]`. `recent` are the tokens under the repetition penalty, in any order and as
     /// often as they come; ids outside the vocabulary are ignored.
     ///
     /// A draw takes two words of the stream, whatever the options; the most likely token (temperature 0) takes none, so it leaves the

@@ -1,5 +1,5 @@
 //! Text to tokens and back: the bundle's tokenizer, and pieces of text that are whole characters. It knows files and ids; it knows
-//! nothing of sessions or of what a model makes of the ids. Stop texts are in [`stop`], chat templates in [`template`].
+//! nothing of sessions or of what a model makes of the ids. Stop texts are in `stop`, chat templates in `template`.
 
 mod date;
 mod stop;

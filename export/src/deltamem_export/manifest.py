@@ -10,14 +10,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from deltamem_export.adapter import AdapterConfig
-from deltamem_export.backbone import Geometry, Tokens
 from deltamem_export.errors import ExportError
-from deltamem_export.graft import GraphFacts
+
+if TYPE_CHECKING:  # reading a manifest takes neither transformers nor ONNX
+    from deltamem_export.adapter import AdapterConfig
+    from deltamem_export.backbone import Geometry, Tokens
+    from deltamem_export.graft import GraphFacts
 
 MANIFEST_FILE = "deltamem.json"
 FORMAT = "deltamem-bundle"

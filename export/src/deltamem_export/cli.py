@@ -1,0 +1,148 @@
+"""The command line `deltamem-export`. It parses, calls, and turns what a person did wrong into one line and exit code 2; everything it
+does is a function elsewhere. Heavy modules are imported by the command that needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from deltamem_export.errors import ExportError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for an error that the person can mend, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(training="train" in given[:1])
+    args = parser.parse_args(given)
+    # A terminated export cleans up behind itself, as an interrupted one does.
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        print("deltamem-export: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    except (ExportError, OSError) as error:
+        print(f"deltamem-export: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _parser(training: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deltamem-export",
+        description="Turns a frozen model and a trained δ-mem adapter into a bundle for deltamem_rt.",
+    )
+    parser.add_argument("--version", action="version", version=version("deltamem-export"))
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    bundle = commands.add_parser(
+        "bundle",
+        help="export a bundle",
+        description="Builds the backbone as ONNX, compares it with transformers, grafts the memory on, and writes a bundle.",
+        epilog="example: deltamem-export bundle --backbone Qwen3-4B-Instruct-2507 --adapter delta-mem --precision int4 --out my-bundle",
+    )
+    bundle.add_argument("--backbone", required=True, metavar="DIR", help="a Hugging Face model folder")
+    bundle.add_argument(
+        "--adapter", required=True, metavar="DIR", help="a folder with delta_mem_config.json and its tensors"
+    )
+    bundle.add_argument("--out", required=True, metavar="DIR", help="the bundle's directory, made whole or not at all")
+    bundle.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int4"),
+        default="fp32",
+        help="of the backbone; the memory is float32 (default fp32)",
+    )
+    bundle.add_argument("--name", help="the bundle's name (default: the directory's)")
+    bundle.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
+    bundle.add_argument("--no-check", action="store_true", help="do not compare the built graph with transformers")
+    bundle.add_argument(
+        "--int4-block-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="weights that share a scale: 16 to 256 (default 32)",
+    )
+    bundle.add_argument(
+        "--int4-accuracy-level",
+        type=int,
+        default=4,
+        metavar="N",
+        help="4 rounds activations to int8 and is fastest on CPUs; 1 keeps them in float32, and splits of a stream agree (default 4)",
+    )
+    bundle.add_argument("--threads", type=int, metavar="N", help="threads for the comparison (default: all cores)")
+    bundle.set_defaults(run=_bundle)
+
+    inspect = commands.add_parser("inspect", help="show what a bundle or an adapter is")
+    inspect.add_argument("path", metavar="PATH", help="a bundle's or an adapter's directory")
+    inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser("convert", help="rewrite an official adapter as safetensors")
+    convert.add_argument(
+        "adapter", metavar="ADAPTER", help="a folder with delta_mem_config.json and delta_mem_adapter.pt"
+    )
+    convert.add_argument(
+        "out", metavar="OUT", help="the folder to write delta_mem_config.json and adapter.safetensors to"
+    )
+    convert.set_defaults(run=_convert)
+
+    train = commands.add_parser("train", help="train a small memory by a recipe")
+    if training:
+        from deltamem_export.training import cli as training_cli
+
+        training_cli.add_arguments(train)
+        train.set_defaults(run=training_cli.run)
+    return parser
+
+
+def _bundle(args: argparse.Namespace) -> None:
+    from deltamem_export.builder import Precision
+    from deltamem_export.bundle import export_bundle, set_threads
+
+    if args.threads is not None:
+        set_threads(args.threads)
+    export_bundle(
+        args.backbone,
+        args.adapter,
+        args.out,
+        Precision(args.precision, args.int4_block_size, args.int4_accuracy_level),
+        name=args.name,
+        force=args.force,
+        check=not args.no_check,
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from deltamem_export.inspect import describe
+
+    print(describe(args.path))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from deltamem_export.adapter import Adapter
+
+    adapter = Adapter.load(args.adapter)
+    adapter.save(args.out)
+    print(f"wrote {len(list(adapter.tensors()))} tensors to {args.out}")
+
+
+def _terminate(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What all tests share: the goldens' place, and bundles exported from them once a session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # `import oracle`, `import agreement`: modules of the tests, not tests themselves
+
+
+@pytest.fixture(scope="session")
+def parity_data() -> Path:
+    """The goldens: tests/data/parity/README.md."""
+    return HERE / "data" / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity_bundle(parity_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`parity_bundle(case, precision="fp32")`: the path of that case's bundle, exported when first asked for."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def bundle(case: str, precision: str = "fp32") -> Path:
+        if (case, precision) not in made:
+            import torch
+
+            from deltamem_export.bundle import export_bundle
+
+            torch.set_num_threads(1)
+            out = tmp_path_factory.mktemp("bundles") / f"{case}-{precision}"
+            source = parity_data / case
+            made[case, precision] = export_bundle(
+                source / "backbone", source / "adapter", out, precision, say=lambda _: None
+            )
+        return made[case, precision]
+
+    return bundle

@@ -114,22 +114,11 @@ def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int]) -> list[dic
     can be found, for `_measure`: (correction's value, start, corrected value, start, width)."""
     graph = model.graph
     config = adapter.config
-    heads, rank, count = config.num_state_heads, config.rank, len(layers)
     found = {i: _find_attention(graph, i) for i in layers}
 
     _input_ids_to_int32(graph)
     _gather_rows_before_lm_head(graph)
-    write_mask = _input(graph, "write_mask", _FLOAT, ["batch_size", "sequence_length"])
-    memory = _input(graph, "past_memory", _FLOAT, ["batch_size", count, heads, rank, rank])
-
-    top = _Nodes(graph, "/deltamem")
-    # One step more than there are tokens; the first writes nothing. [B, T + 1, 1]
-    mask = top("Pad", write_mask, top.ints([0, 1, 0, 0]), name="mask/Pad")
-    mask = top("Unsqueeze", mask, top.ints([2]), name="mask")
-    minus_mask = top("Neg", mask, name="minus_mask") if config.state_update_mode != "no_lambda" else None
-
-    island = Island(config, mask, minus_mask)
-    states = island.split_memory(top, memory, count)
+    island, states = _start_island(graph, config, len(layers))
     after = []
     placed = []
     for state, i in zip(states, layers, strict=True):
@@ -144,17 +133,51 @@ def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int]) -> list[dic
         after.append(state)
         placed.append(_correct(nodes, config, tensors, reads, attention.sites, io_dtype))
 
-    present = island.join_memory(top, after, count)
-    present.name = "present_memory"
-    present.shape = ir.Shape(["batch_size", count, heads, rank, rank])
-    present.type = ir.TensorType(_FLOAT)
-    graph.outputs.append(present)
-    graph.sort()
+    _end_island(graph, island, after)
     return placed
 
 
+def build_island(config: AdapterConfig, tensors: Mapping[str, npt.NDArray[np.float32]]) -> ir.Model:
+    """One layer's rule alone in a graph: hidden [B, T, D], write_mask [B, T], past_memory [B, 1, H, r, r] → reads [B, T, R],
+    present_memory. The graft is made of the same parts; this one is for tests and measurements."""
+    graph = ir.Graph((), (), nodes=(), opset_imports={"": 22, "com.microsoft": 1}, name="island")
+    heads, rank = config.num_state_heads, config.rank
+    hidden = _input(graph, "hidden", _FLOAT, ["batch_size", "sequence_length", tensors["memory_q_proj"].shape[1]])
+    island, states = _start_island(graph, config, 1)
+    reads, state = island.read_and_write(_Nodes(graph, "/deltamem/layer"), hidden, states[0], tensors)
+    reads.name, reads.type = "reads", ir.TensorType(_FLOAT)
+    reads.shape = ir.Shape(["batch_size", "sequence_length", heads * rank])
+    graph.outputs.append(reads)
+    _end_island(graph, island, [state])
+    return ir.Model(graph, ir_version=10)
+
+
+def _start_island(graph: ir.Graph, config: AdapterConfig, count: int) -> tuple[Island, list[ir.Value]]:
+    """Adds the inputs write_mask and past_memory, and what all layers share; returns one state for each of `count` layers."""
+    write_mask = _input(graph, "write_mask", _FLOAT, ["batch_size", "sequence_length"])
+    shape = ["batch_size", count, config.num_state_heads, config.rank, config.rank]
+    memory = _input(graph, "past_memory", _FLOAT, shape)
+    top = _Nodes(graph, "/deltamem")
+    # One step more than there are tokens; the first writes nothing. [B, T + 1, 1]
+    mask = top("Pad", write_mask, top.ints([0, 1, 0, 0]), name="mask/Pad")
+    mask = top("Unsqueeze", mask, top.ints([2]), name="mask")
+    minus_mask = top("Neg", mask, name="minus_mask") if config.state_update_mode != "no_lambda" else None
+    island = Island(config, mask, minus_mask)
+    return island, island.split_memory(top, memory, count)
+
+
+def _end_island(graph: ir.Graph, island: Island, states: Sequence[ir.Value]) -> None:
+    """Adds the output present_memory."""
+    c = island.config
+    present = island.join_memory(_Nodes(graph, "/deltamem"), states, len(states))
+    present.name, present.type = "present_memory", ir.TensorType(_FLOAT)
+    present.shape = ir.Shape(["batch_size", len(states), c.num_state_heads, c.rank, c.rank])
+    graph.outputs.append(present)
+    graph.sort()
+
+
 class Island:
-    """The rule as nodes, for one adapter. It is public for the tests, which build it alone in a graph."""
+    """The rule as nodes, for one adapter's settings."""
 
     def __init__(self, config: AdapterConfig, mask: ir.Value, minus_mask: ir.Value | None) -> None:
         """mask: [B, T + 1, 1] float32, 0 in the step before the first token; minus_mask: its negative, not
@@ -235,7 +258,8 @@ class Island:
             assert self.minus_mask is not None
             decay = nodes("Mul", decay, self.minus_mask, name="decay")
             if standard:
-                keep = nodes("Sigmoid", nodes("Neg", bounded, name="keep/Neg"), name="keep")
+                # Not σ: ONNX Runtime's is right to 1e-8, and what is left of it at λ = 1e-8 is divided by λ again.
+                keep = nodes("Exp", decay, name="keep")
                 if coupled:
                     gate = nodes("Exp", bounded, name="beta_over_lambda")
                 else:

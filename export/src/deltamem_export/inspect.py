@@ -90,7 +90,8 @@ def _text(text: dict[str, Any]) -> str:
 
 
 def _check(check: dict[str, Any]) -> str:
-    return f"logits within {check['max_abs_diff']:.2g} of {check['against']} over {check['tokens']} tokens (tolerance {check['tolerance']:.2g})"
+    found = f"logits within {check['max_abs_diff']:.2g} of {check['against']} over {check['tokens']} tokens"
+    return f"{found} (tolerance {check['tolerance']:.2g})"
 
 
 def _bytes(count: int) -> str:

@@ -78,13 +78,13 @@ def test_a_python_without_venv_is_named(machine):
 
 
 def test_missing_rust_is_named(machine):
-    one_line(need(machine, "rust"), "Rust is missing", "1.88 or later")
+    one_line(need(machine, "rust"), "Rust is missing", "1.92 or later")
 
 
 def test_old_rust_is_named(machine):
     program(machine, "cargo")
     program(machine, "rustc", "rustc 1.75.0 (82e1608df 2023-12-21)")
-    one_line(need(machine, "rust"), "1.75.0", "1.88 or later")
+    one_line(need(machine, "rust"), "1.75.0", "1.92 or later")
 
 
 def test_a_missing_toolchain_is_named(machine):

@@ -2,7 +2,7 @@
 //!
 //! It knows tokens, buffers and graphs. It knows nothing of Python, and nothing of where memories are kept.
 //!
-//! The way of a token: [`text`] → [`session::Session::feed`] (chunks) → [`call`] (one run) → [`memory`] (the back buffer becomes the
+//! The way of a token: [`text`] → [`session::Session::feed`] (chunks) → `call` (one run) → [`memory`] (the back buffer becomes the
 //! front) → [`sampling`] → [`generation`] (a piece of text).
 
 pub mod bundle;

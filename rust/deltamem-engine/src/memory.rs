@@ -121,7 +121,7 @@ mod tests {
         }
         assert!(memory.spares.len() <= SPARES);
         for (value, view) in held.iter().enumerate() {
-            assert_eq!(view[0], value as f32);
+            assert!((view[0] - value as f32).abs() < f32::EPSILON);
         }
     }
 }

@@ -46,7 +46,7 @@ python-lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m mypy.stubtest deltamem_rt
+	$(PY) -m mypy.stubtest deltamem_rt._native
 
 # $(1): what nextest needs to be told, $(2): the same for cargo test, which stands in where nextest is not installed.
 define rust_tests

@@ -322,3 +322,18 @@ def test_ten_thousand_mutated_snapshots(session: dm.Session) -> None:
 def test_restore_takes_snapshots_only(session: dm.Session) -> None:
     with pytest.raises(TypeError):
         session.restore(b"bytes")
+
+
+def test_a_loaded_model_outlives_its_files(copy: Path) -> None:
+    model = dm.Model.load(copy)
+    manifest = model.manifest
+    with model.session() as session:
+        session.feed(rng_ids(20))
+        before = session.memory
+        shutil.rmtree(copy)
+        session.feed(rng_ids(20, 1))
+        assert not np.array_equal(session.memory, before)
+        assert model.manifest == manifest
+        with pytest.raises(dm.DeltaMemError):
+            session.generate([5], measure=True).read()
+        session.feed(rng_ids(3))

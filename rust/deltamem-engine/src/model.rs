@@ -238,6 +238,12 @@ impl Model {
         self.bundle.manifest()
     }
 
+    /// The bundle's manifest as it was loaded, as JSON.
+    pub fn manifest_json(&self) -> Result<String> {
+        serde_json::to_string(self.manifest())
+            .map_err(|error| EngineError::Unsupported(format!("deltamem.json cannot be shown: {error}")))
+    }
+
     /// The bundle's directory.
     pub fn path(&self) -> &Path {
         self.bundle.dir()

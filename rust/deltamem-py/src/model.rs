@@ -185,10 +185,10 @@ impl Model {
         Geometry::from(self.inner.geometry())
     }
 
-    /// The bundle's manifest (``deltamem.json``) as a new dict.
+    /// The bundle's manifest (``deltamem.json``) as it was loaded, a new dict each time.
     #[getter]
     fn manifest<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let text = std::fs::read_to_string(self.inner.path().join("deltamem.json"))?;
+        let text = self.inner.manifest_json().map_err(to_python)?;
         py.import("json")?.call_method1("loads", (text,))
     }
 

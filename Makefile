@@ -16,8 +16,8 @@ WHEEL_SOURCES := pyproject.toml README.md LICENSE $(RUST_SOURCES) \
 # The wheel is built by the work environment where there is one, so that `make setup` and `make demo` compile once between them.
 BUILD_VENV := $(if $(wildcard $(VENV)/.stamp-dev),$(VENV),.cache/venv-build)
 
-# Rust's tests and lints see the same interpreter as maturin, and the tests the same ONNX Runtime as Python.
-CARGO_ENV = PYO3_PYTHON="$(CURDIR)/$(PY)" DELTAMEM_ORT_LIBRARY="$$($(PY) -c 'from deltamem_rt._onnxruntime import find_library; print(find_library().path)')"
+# Rust's tests and lints see the same interpreter as maturin.
+CARGO_ENV := PYO3_PYTHON="$(CURDIR)/$(PY)"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long lint rust-lint python-lint rust-test python-test fmt bench wheel lock deny clean distclean

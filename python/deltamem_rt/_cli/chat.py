@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
             __import__("readline")  # line editing and history, where Python has it
         while True:
             try:
-                line = input(terminal.accent("> ") if interactive else "").strip()
+                line = input(terminal.prompt("> ") if interactive else "").strip()
             except EOFError:
                 if interactive:
                     terminal.line()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -33,7 +34,7 @@ class Terminal:
     def progress(self, text: str) -> None:
         """Replaces the current line; writes nothing where the output is no terminal."""
         if self.live:
-            print(f"\r\x1b[K{shorten(text, self.width - 1)}", end="", file=self.stream, flush=True)
+            print(f"\r\x1b[K    {shorten(text, self.width - 6)}", end="", file=self.stream, flush=True)
 
     def progress_done(self) -> None:
         """Clears the line that `progress` wrote."""
@@ -59,6 +60,10 @@ class Terminal:
     def accent(self, text: str) -> str:
         """The text, in cyan."""
         return self._sgr("36", text)
+
+    def prompt(self, text: str) -> str:
+        """A prompt for `input`, in colour; readline is told which of its characters take no room."""
+        return re.sub(r"\x1b\[\d+m", "\x01\\g<0>\x02", self.accent(text))
 
     def _sgr(self, code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text

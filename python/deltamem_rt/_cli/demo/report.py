@@ -97,7 +97,7 @@ class Report(Silent):
             self.terminal.line(f"    {self.terminal.accent('person 1')}  {turn.message}")
             self.terminal.line(self.terminal.dim(f"       model  {shorten(turn.reply, self.terminal.width - 16)}"))
         else:
-            self.terminal.progress(f"    person {turn.person}  {turn.message}   ({self.count} of {self.facts})")
+            self.terminal.progress(f"person {turn.person}  {turn.message}   ({self.count} of {self.facts})")
 
     def all_told(self, seconds: float) -> None:
         """All facts were told."""
@@ -123,7 +123,7 @@ class Report(Silent):
 
     def streaming(self, person: int, people: int, tokens: int) -> None:
         """Talk goes by."""
-        self.terminal.progress(f"    person {person} of {people}, {tokens:,} tokens")
+        self.terminal.progress(f"person {person} of {people}, {tokens:,} tokens")
 
     def streamed(self, source: str, opening: str, each: int, tokens: int, seconds: float) -> None:
         """Talk has gone by."""
@@ -156,7 +156,7 @@ class Report(Silent):
             )
             t.line(t.dim(" ".join(head)))
         if row.person > SHOWN:
-            t.progress(f"    person {row.person}  {row.fact.question}")
+            t.progress(f"person {row.person}  {row.fact.question}")
             return
         self.terminal.line(
             " ".join(
@@ -212,7 +212,7 @@ class Report(Silent):
 
     def progress(self, text: str) -> None:
         """A long step goes on."""
-        self.terminal.progress(f"    {text}")
+        self.terminal.progress(f"{text}")
 
     def priced(self, price: Cost) -> None:
         """The cost of a turn was measured."""

@@ -28,7 +28,7 @@ from .arguments import (
     not_negative,
     positive,
 )
-from .terminal import Terminal, count, explain, pairs, size
+from .terminal import Terminal, count, explain, pairs, printable, size
 
 _HELP = [
     ("/memory", "what the memory is: bytes, norm by layer, tokens seen"),
@@ -94,7 +94,7 @@ class Conversation:
         )
         try:
             for piece in generation:
-                self.terminal.piece(piece)
+                self.terminal.piece(printable(piece))
             self.terminal.line()
         except KeyboardInterrupt:
             generation.close()

@@ -69,6 +69,11 @@ class Terminal:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
 
 
+def printable(text: str) -> str:
+    """What a model said, without the control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def columns(text: str) -> int:
     """How many columns a terminal needs for the text: wide characters take two, combining ones none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -76,7 +81,7 @@ def columns(text: str) -> int:
 
 def shorten(text: str, width: int) -> str:
     """One line of at most `width` columns, with an ellipsis where it was cut."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if columns(text) <= width:
         return text
     while text and columns(text) > width - 1:
@@ -86,7 +91,7 @@ def shorten(text: str, width: int) -> str:
 
 def shorten_middle(text: str, width: int) -> str:
     """One line of at most `width` columns, cut in its middle: a sentence often ends with what matters."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if columns(text) <= width:
         return text
     head = shorten(text, width * 2 // 5)

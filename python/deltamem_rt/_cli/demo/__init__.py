@@ -7,6 +7,7 @@ without its memory; a new process takes one memory over in the middle; and the p
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import secrets
@@ -25,11 +26,11 @@ from deltamem_rt._cli.arguments import (
 )
 from deltamem_rt._cli.terminal import Terminal
 from deltamem_rt._default import default_bundle
-from deltamem_rt._native import Model
+from deltamem_rt._native import Model, Session
 
 from . import cost
-from .cast import chance, draw, is_right, read_relations
-from .report import Report, Row, Silent, Told
+from .cast import Person, chance, draw, is_right, read_relations
+from .report import Report, Row, Told
 from .restart import play, restart
 from .talk import Talk, read_messages
 
@@ -81,60 +82,31 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(options)
     needs_text(model)
     loading_s = time.perf_counter() - began
-    relations = read_relations(_beside(model, "demo.json"))
     stream = options.stream or _beside(model, "stream.txt")
     talk = Talk(model, read_messages(stream))
     rng = random.Random(seed)
-    people = draw(relations, rng, options.people, options.facts)
-    report = Silent() if options.json else Report(Terminal())
+    people = draw(read_relations(_beside(model, "demo.json")), rng, options.people, options.facts)
+    starts = [rng.randrange(len(talk.messages)) for _ in people]
+    # With --json the story goes nowhere.
+    report = Report(Terminal(io.StringIO() if options.json else None))
     report.begin(model, seed, loading_s, people)
 
-    # Every person has a session, all open at once, and they take turns telling: what crosses over would show in the answers.
     sessions = [model.session() for _ in people]
-    rows: list[Row] = []
-    told_s = time.perf_counter()
-    for index in range(options.facts):
-        for person, session in zip(people, sessions, strict=True):
-            reply = session.chat(person.facts[index].told, max_new_tokens=MAX_NEW_TOKENS).read()
-            report.told(Told(person.number, person.facts[index].told, reply))
-    report.all_told(time.perf_counter() - told_s)
-
+    _tell(people, sessions, report)
     first = people[0].facts[0]
     again = restart(model, sessions[0], talk.turns(RESTART_TOKENS), first.question, MAX_NEW_TOKENS, options.threads)
     report.restarted(again)
-
-    streamed_s = time.perf_counter()
-    streamed = again.tokens
-    for person, session in zip(people, sessions, strict=True):
-        turns = talk.turns(options.stream_tokens, start=rng.randrange(len(talk.messages)))
-        play(session, turns)
-        streamed += sum(map(len, turns))
-        report.streaming(person.number, len(people), streamed)
-    report.streamed(
-        stream.name,
-        talk.messages[0],
-        options.stream_tokens,
-        streamed - again.tokens,
-        time.perf_counter() - streamed_s,
-    )
-
-    with model.session() as without:
-        for person, session in zip(people, sessions, strict=True):
-            for fact in person.facts:
-                answer = session.chat(fact.question, max_new_tokens=MAX_NEW_TOKENS).read().strip()
-                without.reset()
-                blank = without.chat(fact.question, max_new_tokens=MAX_NEW_TOKENS).read().strip()
-                rows.append(Row(person.number, fact, answer, is_right(answer, fact), blank, is_right(blank, fact)))
-                report.asked(rows[-1])
+    streamed = _stream(sessions, talk, starts, options.stream_tokens, stream.name, report)
+    rows = _ask(model, people, sessions, report)
     by_chance = chance(people)
     report.all_asked(rows, by_chance)
-
     memory_bytes = sessions[0].memory.nbytes
     for session in sessions:
         session.close()
     price = cost.measure(model, talk, first.question, COST_BUDGET_S, report.progress)
     report.priced(price)
-    report.end(memory_bytes, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    report.end(memory_bytes, seconds)
 
     if options.json:
         result: dict[str, Any] = {
@@ -153,15 +125,54 @@ def run(options: argparse.Namespace) -> int:
             "reread_how_by_history": _by_mark(price.reread_how),
             "stream": stream.name,
             "stream_tokens_per_person": options.stream_tokens,
-            "streamed_tokens": streamed,
+            "streamed_tokens": streamed + again.tokens,
             "history_tokens": price.streamed_tokens,
             "history_tokens_per_second": round(price.tokens_per_second),
             "restored_bit_for_bit": again.same_bytes,
-            "seconds": round(time.perf_counter() - began, 2),
+            "seconds": round(seconds, 2),
             "questions": [row.as_json() for row in rows],
         }
         print(json.dumps(result, indent=2, ensure_ascii=False))
     return 0 if again.same_bytes else 1
+
+
+def _tell(people: list[Person], sessions: list[Session], report: Report) -> None:
+    """Everybody tells their facts, taking turns, all sessions open at once: what crosses over would show in the answers."""
+    began = time.perf_counter()
+    for index in range(len(people[0].facts)):
+        for person, session in zip(people, sessions, strict=True):
+            message = person.facts[index].told
+            reply = session.chat(message, max_new_tokens=MAX_NEW_TOKENS).read()
+            report.told(Told(person.number, message, reply))
+    report.all_told(time.perf_counter() - began)
+
+
+def _stream(sessions: list[Session], talk: Talk, starts: list[int], tokens: int, source: str, report: Report) -> int:
+    """Everybody hears `tokens` tokens of talk, from places of their own in it. Returns how many that were in all."""
+    began = time.perf_counter()
+    streamed = 0
+    for number, (session, start) in enumerate(zip(sessions, starts, strict=True), 1):
+        turns = talk.turns(tokens, start)
+        play(session, turns)
+        streamed += sum(map(len, turns))
+        report.streaming(number, len(sessions), streamed)
+    report.streamed(source, talk.messages[0], tokens, streamed, time.perf_counter() - began)
+    return streamed
+
+
+def _ask(model: Model, people: list[Person], sessions: list[Session], report: Report) -> list[Row]:
+    """Everybody is asked for all they told; the same model is asked the same with an empty memory."""
+    rows = []
+    report.asking()
+    with model.session() as without:
+        for person, session in zip(people, sessions, strict=True):
+            for fact in person.facts:
+                reply = session.chat(fact.question, max_new_tokens=MAX_NEW_TOKENS).read().strip()
+                without.reset()
+                blank = without.chat(fact.question, max_new_tokens=MAX_NEW_TOKENS).read().strip()
+                rows.append(Row(person.number, fact, reply, is_right(reply, fact), blank, is_right(blank, fact)))
+                report.asked(rows[-1])
+    return rows
 
 
 def _beside(model: Model, name: str) -> Path:

@@ -1,7 +1,8 @@
-"""What the demo shows while it runs, for a person at a terminal; with --json nothing is shown. It measures nothing itself."""
+"""What the demo shows while it runs, for a person at a terminal. It measures nothing itself."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
 from dataclasses import dataclass
@@ -53,14 +54,7 @@ class Row:
         }
 
 
-class Silent:
-    """A report that shows nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
-
-
-class Report(Silent):
+class Report:
     """The demo, told to a person."""
 
     def __init__(self, terminal: Terminal) -> None:
@@ -136,25 +130,19 @@ class Report(Silent):
         self.terminal.line(self.terminal.dim(f"    “{shorten(opening, self.terminal.width - 8)}”"))
         self.terminal.line(f"    {tokens:,} tokens in {duration(seconds)}, written into {self.people} memories.")
 
+    def asking(self) -> None:
+        """The questions begin."""
+        t = self.terminal
+        question, reply, blank = self._widths()
+        self._heading(
+            4, "The questions", "Same model, same words; on the left with the memory, in the middle without one."
+        )
+        t.line(t.dim(f"{'':4} {'':{question}} {pad('with memory', reply + 2)} {pad('without', blank + 2)} truth"))
+
     def asked(self, row: Row) -> None:
         """A question was asked and answered, by both."""
         t = self.terminal
         widths = self._widths()
-        if row.person == 1 and self.count:
-            self.count = 0
-            self._heading(
-                4,
-                "The questions",
-                "Same model, same words; on the left with the memory, in the middle without one.",
-            )
-            head = (
-                " " * 4,
-                pad("", widths[0]),
-                pad("with memory", widths[1] + 2),
-                pad("without", widths[2] + 2),
-                "truth",
-            )
-            t.line(t.dim(" ".join(head)))
         if row.person > SHOWN:
             t.progress(f"person {row.person}  {row.fact.question}")
             return
@@ -193,26 +181,20 @@ class Report(Silent):
 
     def _same_question(self, rows: list[Row]) -> None:
         """Two people who were asked for the same thing and told different values: whose memory is it?"""
-        for row in rows:
-            for other in rows:
-                if (
-                    other.person > row.person
-                    and other.fact.relation == row.fact.relation
-                    and other.fact.value != row.fact.value
-                ):
-                    if not (row.right and other.right):
-                        continue
-                    t = self.terminal
-                    t.line(f"    {self.people} people, one model: asked for the same thing, each gets their own.")
-                    for one in (row, other):
-                        text = f"person {one.person}: {one.fact.question}  {one.reply}"
-                        t.line(t.dim(f"      {shorten_middle(text, t.width - 8)}"))
-                    t.line()
-                    return
+        t = self.terminal
+        right = [row for row in rows if row.right]
+        for one, other in itertools.combinations(right, 2):
+            if one.fact.relation == other.fact.relation and one.fact.value != other.fact.value:
+                t.line(f"    {self.people} people, one model: asked for the same thing, each gets their own.")
+                for row in (one, other):
+                    text = f"person {row.person}: {row.fact.question}  {row.reply}"
+                    t.line(t.dim(f"      {shorten_middle(text, t.width - 8)}"))
+                t.line()
+                return
 
     def progress(self, text: str) -> None:
         """A long step goes on."""
-        self.terminal.progress(f"{text}")
+        self.terminal.progress(text)
 
     def priced(self, price: Cost) -> None:
         """The cost of a turn was measured."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -30,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltamem_export.errors import AdapterError
+from deltamem_export.errors import AdapterError, first_line
 
 CONFIG_FILE = "delta_mem_config.json"
 OFFICIAL_FILE = "delta_mem_adapter.pt"
@@ -445,8 +444,10 @@ def _read_official(path: Path) -> dict[str, Tensor]:
     """`weights_only`: the file may hold tensors and containers of tensors, and no code."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise AdapterError(f"{path}: not a file of tensors alone ({str(error).splitlines()[0]})") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or malicious pickle makes the unpickler raise
+        raise AdapterError(f"{path}: not a file of tensors alone ({first_line(error)})") from error
     if not isinstance(loaded, dict):
         raise AdapterError(f"{path}: holds a {type(loaded).__name__}, expected a dict from keys to tensors")
     for key, value in loaded.items():

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from deltamem_export.adapter import AttentionShape
-from deltamem_export.errors import ExportError
+from deltamem_export.errors import ExportError, first_line
 from deltamem_export.reference import attention_shape, attentions
 
 # Families whose grafted graph was compared with the reference: architecture → model_type.
@@ -87,8 +88,8 @@ class Backbone:
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, local_files_only=True, dtype="auto", output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ExportError(f"{directory}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ExportError(f"{directory}: the weights cannot be loaded ({first_line(error)})") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
             if bar:
@@ -128,7 +129,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{directory / 'config.json'}: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"{directory / 'config.json'}: {first_line(error)}") from error
     architecture = (getattr(config, "architectures", None) or ["(none)"])[0]
     if FAMILIES.get(architecture) != config.model_type:
         raise ExportError(

@@ -11,3 +11,8 @@ class ExportError(ValueError):
 
 class AdapterError(ExportError):
     """An adapter's settings or tensors do not fit the format, each other, or the backbone."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, cut to its first line, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 from tokenizers import Tokenizer
 
-from deltamem_export.errors import ExportError
+from deltamem_export.errors import ExportError, first_line
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -92,7 +92,7 @@ def _convert(backbone: Path, target: Path) -> None:
     except Exception as error:
         raise ExportError(
             f"{backbone}: has no {TOKENIZER_FILE}, and its tokenizer cannot be converted "
-            f"({str(error).splitlines()[0]}); save one with "
+            f"({first_line(error)}); save one with "
             "transformers' save_pretrained first"
         ) from error
 

@@ -1,16 +1,13 @@
-"""The engine against named opponents in the same run, interleaved; medians and ratios.
+"""The engine against named opponents in the same run, interleaved; medians and ratios, as a Markdown table.
 
-    scan        the Rust rule against the same rule in NumPy, 512 tokens
-    decode      a token a call through Session.feed against Python's onnxruntime on the same graph with its own IoBinding
-    streaming   Session.generate from Python against Session.feed of the same tokens: what sampling, text and iteration add
-    turn        a turn after 10k tokens of history against the same turn after none, and against reading the history again
-
-Prints a JSON object a line: bench, ours, opponent, median milliseconds of both, their ratio, and the ratio's range.
+scan        the Rust rule against the same rule in NumPy, 512 tokens
+decode      a token a call through Session.feed against Python's onnxruntime on the same graph with its own IoBinding
+streaming   Session.generate from Python against Session.feed of the same tokens: what sampling, text and iteration add
+turn        a turn after 10k tokens of history against the same turn after none, and against reading the history again
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -43,17 +40,12 @@ def paired(
             times.append((time.perf_counter() - began) * 1e3)
         pairs.append(times)
     ratios = sorted(their_ms / my_ms for my_ms, their_ms in pairs)
-    row = {
-        "bench": bench,
-        "ours": ours,
-        "opponent": opponent,
-        "ours_ms": round(statistics.median(pair[0] for pair in pairs), 4),
-        "opponent_ms": round(statistics.median(pair[1] for pair in pairs), 4),
-        "times_as_fast": round(statistics.median(ratios), 3),
-        "range": [round(ratios[0], 3), round(ratios[-1], 3)],
-        "runs": repeats,
-    }
-    print(json.dumps(row), flush=True)
+    mine_ms, their_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(
+        f"| {bench} | {ours} | {opponent} | {mine_ms:.3f} | {their_ms:.3f} | {statistics.median(ratios):.2f}x "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}) | {repeats} |",
+        flush=True,
+    )
 
 
 def scan_in_numpy(q, k, v, keep, erase, write, state):  # type: ignore[no-untyped-def]
@@ -205,6 +197,11 @@ def bench_turn(model: dm.Model) -> None:
 
 def main() -> None:
     model = dm.Model.load(dm.default_bundle())
+    print(
+        "## engine\n\nThe embedded default, fp32. Over 1x: ours is faster. Medians; the ratio is the median of the pairs, with its range.\n"
+    )
+    print("| bench | ours | opponent | ours, ms | opponent, ms | times as fast | runs |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     bench_scan()
     bench_decode(model)
     bench_streaming(model)

@@ -432,7 +432,9 @@ def expected_shapes(
     if not config.couple_lambda:
         required |= {"lambda_proj": (gate, hidden), "lambda_bias": (gate,)}
     required |= {f"delta_{p}_proj": (shape.out(p), read) for p in config.delta_heads}
-    optional = {f"delta_{p}_proj": (shape.out(p), read) for p in DELTA_HEADS if p not in config.delta_heads}
+    optional: dict[str, tuple[int, ...]] = {
+        f"delta_{p}_proj": (shape.out(p), read) for p in DELTA_HEADS if p not in config.delta_heads
+    }
     if config.delta_o_rmsnorm:
         (required if "o" in config.delta_heads else optional)["delta_o_rmsnorm_weight"] = (shape.o,)
     if config.trainable_delta_scale:

@@ -82,10 +82,12 @@ class Backbone:
             )
         config = read_config(directory)
         verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model: Any
+            report: dict[str, Any]
+            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 directory, config=config, local_files_only=True, dtype="auto", output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -93,7 +95,7 @@ class Backbone:
         finally:
             transformers_logging.set_verbosity(verbosity)
             if bar:
-                transformers_logging.enable_progress_bar()
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         for problem in ("missing_keys", "mismatched_keys"):
             if report.get(problem):
                 names = ", ".join(sorted(map(str, report[problem]))[:3])
@@ -127,7 +129,7 @@ def read_config(directory: Path) -> PretrainedConfig:
         ExportError: unreadable, or of a family that is not supported.
     """
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"{directory / 'config.json'}: {first_line(error)}") from error
     architecture = (getattr(config, "architectures", None) or ["(none)"])[0]
@@ -148,7 +150,7 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        hasher.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        hasher.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return str(hasher.hexdigest())
 
 

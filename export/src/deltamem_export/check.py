@@ -133,18 +133,18 @@ def _weights_of(graph: Path, backbone: Backbone, precision: Precision) -> Iterat
     kept: list[tuple[nn.Module, nn.Parameter]] = []
 
     def put(module: nn.Module, weight: torch.Tensor) -> None:
-        kept.append((module, module.weight))  # type: ignore[arg-type]
+        kept.append((module, module.get_parameter("weight")))
         module.weight = nn.Parameter(weight, requires_grad=False)
 
     try:
         if precision.name == "fp16":
             for module in model.modules():
                 if isinstance(getattr(module, "weight", None), nn.Parameter):
-                    put(module, module.weight.half().float())  # type: ignore[operator, union-attr]
+                    put(module, module.get_parameter("weight").half().float())
         elif precision.name == "int4":
             for name, weight in _dequantised(graph):
                 parts = _modules(model, name)
-                split = weight.split([int(m.weight.shape[0]) for m in parts])  # type: ignore[union-attr, index, arg-type]
+                split = torch.split(weight, [m.get_parameter("weight").shape[0] for m in parts])
                 for module, part in zip(parts, split, strict=True):
                     put(module, part)
         yield

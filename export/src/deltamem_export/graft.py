@@ -66,6 +66,17 @@ class _Site:
 
 
 @dataclass(frozen=True)
+class _Placed:
+    """A correction in the grafted graph, for measuring: the names of its value and of what it was added to, and which part of the last
+    axis of both is its own."""
+
+    correction: str
+    projection: str
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
 class _Attention:
     """One layer's attention as found in the graph."""
 
@@ -109,9 +120,8 @@ def graft(
 # ---------------------------------------------------------------------- the parts of the graft
 
 
-def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int]) -> list[dict[str, tuple[str, int, str, int, int]]]:
-    """Grafts in place. Returns, per memory layer and delta head, where its correction and what it corrects
-    can be found, for `_measure`: (correction's value, start, corrected value, start, width)."""
+def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int]) -> list[dict[str, _Placed]]:
+    """Grafts in place. Returns what was placed where, for each memory layer and delta head."""
     graph = model.graph
     config = adapter.config
     found = {i: _find_attention(graph, i) for i in layers}
@@ -155,7 +165,7 @@ def build_island(config: AdapterConfig, tensors: Mapping[str, npt.NDArray[np.flo
 def _start_island(graph: ir.Graph, config: AdapterConfig, count: int) -> tuple[Island, list[ir.Value]]:
     """Adds the inputs write_mask and past_memory, and what all layers share; returns one state for each of `count` layers."""
     write_mask = _input(graph, "write_mask", _FLOAT, ["batch_size", "sequence_length"])
-    shape = ["batch_size", count, config.num_state_heads, config.rank, config.rank]
+    shape: list[int | str] = ["batch_size", count, config.num_state_heads, config.rank, config.rank]
     memory = _input(graph, "past_memory", _FLOAT, shape)
     top = _Nodes(graph, "/deltamem")
     # One step more than there are tokens; the first writes nothing. [B, T + 1, 1]
@@ -300,7 +310,7 @@ def _correct(
     reads: ir.Value,
     sites: Mapping[str, _Site],
     io_dtype: ir.DataType,
-) -> dict[str, tuple[str, int, str, int, int]]:
+) -> dict[str, _Placed]:
     """Adds every correction of a layer: one product for all delta heads, then one addition for each value
     that is corrected."""
     used = config.delta_heads
@@ -311,12 +321,13 @@ def _correct(
     for p in used:
         groups.setdefault(_name(sites[p].value), []).append(p)
 
-    columns, widths, spans = [], [], {}
+    columns, widths = [], []
+    spans: dict[str, tuple[int, int]] = {}
     for group in groups.values():
         value = sites[group[0]].value
         if len(group) == 1 and sites[group[0]].start is None:
             block = weights[group[0]]
-            spans[group[0]] = (0, 0, block.shape[0])
+            spans[group[0]] = (0, block.shape[0])
         else:
             packed = max(_start(sites[p]) + weights[p].shape[0] for p in group)
             total = value.shape[-1] if value.shape is not None else None
@@ -324,7 +335,7 @@ def _correct(
             for p in group:
                 start = _start(sites[p])
                 block[start : start + weights[p].shape[0]] = weights[p]
-                spans[p] = (start, start, weights[p].shape[0])
+                spans[p] = (start, weights[p].shape[0])
         columns.append(block)
         widths.append(block.shape[0])
 
@@ -358,13 +369,11 @@ def _correct(
             if use.node is not add:
                 use.node.replace_input_with(use.idx, corrected)
         for p in group:
-            placed[p] = (_name(part), spans[p][0], _name(value), spans[p][1], spans[p][2])
+            placed[p] = _Placed(_name(part), _name(value), *spans[p])
     return placed
 
 
-def _measure(
-    model: ir.Model, config: AdapterConfig, placed: Sequence[Mapping[str, tuple[str, int, str, int, int]]]
-) -> None:
+def _measure(model: ir.Model, config: AdapterConfig, placed: Sequence[Mapping[str, _Placed]]) -> None:
     """Adds the output `delta_energy`, [B, T, L, D, 2]: the sums of squares of each correction and of what it
     corrects."""
     graph = model.graph
@@ -373,17 +382,10 @@ def _measure(
     for number, layer in enumerate(placed):
         for p in config.delta_heads:
             nodes = _Nodes(graph, f"/deltamem/energy/{number}/{p}")
-            *pairs, width = layer[p]
-            for label, name, start in (("correction", *pairs[:2]), ("projection", *pairs[2:])):
-                value = values[name]
-                part = nodes(
-                    "Slice",
-                    value,
-                    nodes.ints([start]),
-                    nodes.ints([start + width]),
-                    nodes.ints([-1]),
-                    name=f"{label}/Slice",
-                )
+            own = layer[p]
+            start, end = nodes.ints([own.start]), nodes.ints([own.start + own.width])
+            for label, name in (("correction", own.correction), ("projection", own.projection)):
+                part = nodes("Slice", values[name], start, end, nodes.ints([-1]), name=f"{label}/Slice")
                 part = nodes("Cast", part, name=f"{label}/Cast", to=_FLOAT.value)
                 sums.append(nodes("ReduceSumSquare", part, nodes.ints([-1]), name=label, keepdims=1))
     top = _Nodes(graph, "/deltamem/energy")
@@ -589,7 +591,7 @@ class _Nodes:
 
     def _register(self, array: npt.NDArray[Any], name: str) -> ir.Value:
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

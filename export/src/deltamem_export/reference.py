@@ -72,8 +72,17 @@ class Proposal:
 
 
 class DeltaMemory(nn.Module):
-    """The edit and gate networks of one layer. Its parameters carry the adapter's names; it holds no
-    state."""
+    """The edit and gate networks of one layer. Its parameters carry the adapter's names; it holds no state."""
+
+    memory_q_proj: Tensor  # (R, D)
+    memory_k_proj: Tensor  # (R, D)
+    memory_v_proj: Tensor  # (R, D)
+    beta_proj: Tensor  # (H·G, D)
+    beta_bias: Tensor  # (H·G)
+    lambda_proj: Tensor  # (H·G, D), only where λ is not coupled to β
+    lambda_bias: Tensor  # (H·G)
+    delta_o_rmsnorm_weight: Tensor  # (width of o)
+    delta_scale_raw: Tensor  # (1) or (4)
 
     def __init__(
         self, config: AdapterConfig, shape: AttentionShape, tensors: Mapping[str, Tensor] | None = None
@@ -226,7 +235,7 @@ class MemoryHandle(nn.Module):
     def _correct_packed(
         self, i: int, shape: AttentionShape, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> Tensor:
-        parts = zip("qkv", output.split([shape.q, shape.k, shape.v], dim=-1), strict=True)
+        parts = zip("qkv", torch.split(output, [shape.q, shape.k, shape.v], dim=-1), strict=True)
         deltas = self._deltas[i]
         return torch.cat([part + deltas[p].to(part.dtype) if p in deltas else part for p, part in parts], dim=-1)
 
@@ -345,7 +354,8 @@ def attention_shape(attention: nn.Module) -> AttentionShape:
 
 def _l2(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-6) over the last axis."""
-    return F.normalize(x, dim=-1, eps=L2_EPSILON)
+    unit: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(L2_EPSILON)
+    return unit
 
 
 def _initial(name: str, size: tuple[int, ...], config: AdapterConfig) -> Tensor:
@@ -357,8 +367,9 @@ def _initial(name: str, size: tuple[int, ...], config: AdapterConfig) -> Tensor:
         return torch.ones(size)
     if name == "delta_scale_raw":
         # σ(raw)·max = 1, or half of max where that cannot be
-        start = 1.0 / config.delta_scale_max if config.delta_scale_max > 1.0 else 0.5
-        return torch.full(size, start).logit()
+        share = 1.0 / config.delta_scale_max if config.delta_scale_max > 1.0 else 0.5
+        return torch.full(size, share).logit()
     if name.startswith("delta_"):
         return torch.zeros(size)
-    return (torch.rand(size) * 2 - 1) / size[1] ** 0.5
+    start: Tensor = (torch.rand(size) * 2 - 1) / size[1] ** 0.5
+    return start

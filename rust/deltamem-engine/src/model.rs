@@ -17,7 +17,7 @@ use crate::kv::{KvCache, KvLayout};
 use crate::runtime::Runtime;
 use crate::text::{ChatTemplate, Text};
 
-/// Tokens that one run takes at most. Measured on the CPU: longer chunks gain under 3 % and delay a Ctrl-C and other sessions.
+/// Tokens that one run takes at most. Longer chunks gain little (docs/log.md); a Ctrl-C and other sessions wait for one chunk.
 pub const CHUNK_TOKENS: usize = 256;
 
 /// Finished KV caches that are kept, wiped, for the next turns.

@@ -5,8 +5,17 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from deltamem_export.training import demo, english
-from deltamem_export.training.language import BY_NAME, RELATIONS, Speaker, is_correct, is_held_out, mentions, says_unknown
+from deltamem_export.training.language import (
+    BY_NAME,
+    RELATIONS,
+    Speaker,
+    is_correct,
+    is_held_out,
+    mentions,
+    says_unknown,
+)
 from deltamem_export.training.memory import Episode, MemoryRecipe
 from deltamem_export.training.recipe import corpus
 from deltamem_export.training.tokenizer import CHAT_TEMPLATE, DECISIVE, Codec, train_tokenizer
@@ -101,7 +110,9 @@ def test_a_turn_is_what_the_template_renders(codec: Codec) -> None:
     s = speaker(5)
     relation, value = s.draw_facts(1)[0]
     for turn in (s.tell(relation, value), s.ask(relation, value), s.ask(relation, None), s.talk()):
-        rendered = jinja2.Template(CHAT_TEMPLATE).render(messages=[{"role": "user", "content": turn.user}], add_generation_prompt=True)
+        rendered = jinja2.Template(CHAT_TEMPLATE).render(
+            messages=[{"role": "user", "content": turn.user}], add_generation_prompt=True
+        )
         encoded = codec.turn(turn)
         whole = codec.tokenizer.encode(rendered + turn.reply + "<|end|>").ids
         assert list(encoded.ids) == whole

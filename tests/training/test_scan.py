@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from deltamem_export.reference import scan as sequential_scan
 from deltamem_export.scan import chunked_scan
-from torch import Tensor
 
 LENGTHS = (1, 11, 100, 203)
 MODES = ("standard", "lambda_outside", "no_lambda")
 
 
-def inputs(length: int, mode: str, rows: bool, heads: int = 2, rank: int = 8, batch: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(
+    length: int,
+    mode: str,
+    rows: bool,
+    heads: int = 2,
+    rank: int = 8,
+    batch: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed + length)
 
     def normal(*shape: int) -> Tensor:

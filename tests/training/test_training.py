@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from deltamem_export.adapter import Adapter
 from deltamem_export.reference import attach
 from deltamem_export.training import evaluate

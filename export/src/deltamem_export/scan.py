@@ -95,9 +95,7 @@ def _row_scan(
 
     def shared(x: Tensor) -> Tensor:
         """[B, T, H, r] → [B, T, H·r, r], each row of a head with that head's key or query."""
-        return (
-            x.unsqueeze(3).expand(batch, length, heads, rank, rank).reshape(batch, length, heads * rank, rank)
-        )
+        return x.unsqueeze(3).expand(batch, length, heads, rank, rank).reshape(batch, length, heads * rank, rank)
 
     reads, new = _value_scan(
         shared(q),
@@ -120,9 +118,7 @@ def _value_scan(
     reads = []
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
-        qc, kc, vc, lc, ec, wc = (
-            x[:, part].transpose(1, 2) for x in (q, k, v, keep, erase, write)
-        )  # [B, H, C, ·]
+        qc, kc, vc, lc, ec, wc = (x[:, part].transpose(1, 2) for x in (q, k, v, keep, erase, write))  # [B, H, C, ·]
         size = qc.shape[2]
         strict = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)
         log_keep = lc.clamp_min(LEAST_KEEP).log().squeeze(-1)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from deltamem_export.training.batches import IGNORE, Context, Rows, pack
-from deltamem_export.training.language import Speaker, Turn
-from deltamem_export.training.tokenizer import DECISIVE, REPLY, Codec, EncodedTurn
+from deltamem_export.training.language import RELATION_INDEX, RELATIONS, Speaker, Turn
+from deltamem_export.training.tokenizer import DECISIVE, REPLY, Codec
 
 KINDS = ("tell", "change", "ask", "unknown", "talk", "text", "induction")
 KIND = {name: i for i, name in enumerate(KINDS)}
@@ -36,8 +36,8 @@ class BackboneRecipe:
     head_dim: int = 32
     intermediate: int = 384
     context: int = 2048
-    steps: int = 1100
-    rows: int = 24
+    steps: int = 900
+    rows: int = 16
     width: int = 256
     matrix_rate: float = 4e-3
     vector_rate: float = 4e-3
@@ -45,6 +45,9 @@ class BackboneRecipe:
     flat: float = 0.5
     promote: float = 0.85
     most_facts: int = 6
+    sharpen_steps: int = 300
+    sharpen_layers: tuple[int, ...] = (2, 3)
+    sharpen_weight: float = 0.5
 
 
 def build_backbone(recipe: BackboneRecipe, end: int, pad: int, seed: int) -> Qwen3ForCausalLM:
@@ -107,7 +110,9 @@ class DialogueStream:
             turns = [self.speaker.talk() for _ in range(self.rng.randint(1, 3))]
         else:
             turns = [self.speaker.long_talk()]
-        return Context.of_dialogue([(self._encode(t), KIND[t.kind]) for t in turns])
+        return Context.of_dialogue(
+            [(self.codec.turn(t), KIND[t.kind], RELATION_INDEX.get(t.relation, -1)) for t in turns]
+        )
 
     def dialogue(self) -> list[Turn]:
         """Facts, changes, talk, then questions about them (and about what was never told) in random order."""
@@ -135,15 +140,28 @@ class DialogueStream:
         first = [self.rng.randrange(5, self.recipe.vocabulary) for _ in range(length)]
         ids = first + first
         targets = [IGNORE] * (length - 1) + ids[length:]
-        return Context(ids[:-1], targets, [REPLY] * (len(ids) - 1), [KIND["induction"]] * (len(ids) - 1))
+        return Context(
+            ids[:-1], targets, [REPLY] * (len(ids) - 1), [KIND["induction"]] * (len(ids) - 1), [-1] * (len(ids) - 1)
+        )
 
-    def _encode(self, turn: Turn) -> EncodedTurn:
-        return self.codec.turn(turn)
+
+def _forward(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Last hidden states, and the residual stream before each layer, [R, W, hidden] each."""
+    out = model.model(
+        input_ids=rows.ids,
+        attention_mask=rows.attention_mask(),
+        position_ids=rows.positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    return out.last_hidden_state, out.hidden_states
 
 
 def forward_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
     """Hidden states of the last layer, [R, W, hidden]."""
-    out = model.model(input_ids=rows.ids, attention_mask=rows.attention_mask(), position_ids=rows.positions, use_cache=False)
+    out = model.model(
+        input_ids=rows.ids, attention_mask=rows.attention_mask(), position_ids=rows.positions, use_cache=False
+    )
     hidden: Tensor = out.last_hidden_state
     return hidden
 
@@ -159,6 +177,7 @@ class Progress:
     text: float
     acknowledged: float
     level: int
+    relation: float
 
 
 def train_backbone(
@@ -169,32 +188,58 @@ def train_backbone(
     device: str = "cpu",
     report: Callable[[Progress], None] = lambda _: None,
     limit: int | None = None,
+    sharpen: bool = False,
 ) -> list[Progress]:
-    """Trains in place for `recipe.steps` (or stops after `limit`), harder contexts as it grows able. Returns one line per step."""
+    """Trains in place for `recipe.steps` (or stops after `limit`), harder contexts as it grows able. Returns one line per step.
+
+    `sharpen=True` is the second phase, `recipe.sharpen_steps` long and at half the rates: where a value is about to be said, a linear
+    head on the input of each of the memory's layers must also tell the relation. Without it the relation is readable there (by a linear
+    probe) in 0.42 to 0.52 of the cases, and a memory that is addressed from there cannot be better. The heads are thrown away.
+    """
     model.to(device).train()
+    heads = nn.ModuleDict(
+        {str(i): nn.Linear(recipe.hidden, len(RELATIONS)) for i in recipe.sharpen_layers} if sharpen else {}
+    ).to(device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     vectors = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    vectors += list(heads.parameters())
+    steps = recipe.sharpen_steps if sharpen else recipe.steps
     optimizers = (
-        torch.optim.Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(vectors, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0),
     )
-    rates = (recipe.matrix_rate, recipe.vector_rate)
+    share_of_rate = 0.5 if sharpen else 1.0
+    rates = (recipe.matrix_rate * share_of_rate, recipe.vector_rate * share_of_rate)
     stream = DialogueStream(speaker, codec, recipe)
+    if sharpen:
+        stream.level, stream.unknown = 4, True
     lines: list[Progress] = []
     told_mean = unknown_mean = 0.0
     since = 0
-    for step in range(min(recipe.steps, limit or recipe.steps)):
-        share = schedule(step, recipe.steps, recipe.warm_up, recipe.flat)
+    for step in range(min(steps, limit or steps)):
+        share = schedule(step, steps, recipe.warm_up, recipe.flat)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * share
         rows = stream.batch(induction=0.35 if stream.level == 2 else 0.05).to(device)
-        logits = model.lm_head(forward_rows(model, rows))
-        each = F.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(rows.ids)
+        hidden, inputs = _forward(model, rows)
+        logits = model.lm_head(hidden)
+        each = F.cross_entropy(
+            logits.flatten(0, 1), rows.targets.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view_as(rows.ids)
         real, induced = rows.targets != IGNORE, rows.kinds == KIND["induction"]
         decisive = real & (rows.tags == DECISIVE) & ~induced
         reply = real & (rows.tags == REPLY) & ~induced
         text = real & (rows.tags == 0) & ~induced
         loss = _mean(each, decisive) + _mean(each, reply) + 0.5 * _mean(each, text) + _mean(each, real & induced)
+        known = 0.0
+        if sharpen:
+            about = decisive & (rows.relations >= 0)
+            for i, head in heads.items():
+                guess = head(model.model.layers[int(i)].input_layernorm(inputs[int(i)][about]))
+                loss = loss + recipe.sharpen_weight * F.cross_entropy(guess, rows.relations[about])
+                known += float((guess.argmax(-1) == rows.relations[about]).float().mean()) / len(heads)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -207,7 +252,9 @@ def train_backbone(
             told = _share(right, decisive & (rows.kinds == KIND["ask"]))
             unknown = _share(right, decisive & (rows.kinds == KIND["unknown"]))
             acknowledged = _share(right, decisive & (rows.kinds <= KIND["change"]))
-            line = Progress(step, loss.item(), told, unknown, _mean(each, text).item(), acknowledged, stream.level)
+            line = Progress(
+                step, loss.item(), told, unknown, _mean(each, text).item(), acknowledged, stream.level, known
+            )
         told_mean += 0.1 * (told - told_mean)
         unknown_mean += 0.1 * (unknown - unknown_mean)
         since += 1
@@ -216,7 +263,7 @@ def train_backbone(
             if stream.level < recipe.most_facts:
                 stream.level += 1
             stream.unknown = stream.unknown or stream.level >= 4
-        if step > 0.55 * recipe.steps:
+        if step > 0.55 * steps:
             stream.unknown = True
         lines.append(line)
         report(line)

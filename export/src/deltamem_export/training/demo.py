@@ -115,7 +115,14 @@ def demo_facts() -> dict[str, Any]:
     return {
         "language": 1,
         "relations": [
-            {"name": r.name, "values": list(r.values), "tell": list(r.trained_tell), "ask": list(r.trained_ask), "answer": [f"{r.prefix} {{value}}."]} for r in RELATIONS
+            {
+                "name": r.name,
+                "values": list(r.values),
+                "tell": list(r.trained_tell),
+                "ask": list(r.trained_ask),
+                "answer": [f"{r.prefix} {{value}}."],
+            }
+            for r in RELATIONS
         ],
         "unknown": ["I don't know"],
         "small_talk": [t for t in talk if len(t) < 160 and t.isprintable()][:60],

@@ -106,7 +106,10 @@ class Conversations:
             self._run(ids[:, : int(lengths.max())], lengths)
         self.state = self._state()
         self.tokens += int(lengths.sum()) // self.count
-        return [self.codec.tokenizer.decode(ids[i, start[i] : lengths[i]].tolist(), skip_special_tokens=True) for i in range(self.count)]
+        return [
+            self.codec.tokenizer.decode(ids[i, start[i] : lengths[i]].tolist(), skip_special_tokens=True)
+            for i in range(self.count)
+        ]
 
     def _padded(self, batch: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(b) for b in batch], device=self.device)
@@ -122,7 +125,10 @@ def talk_turns(path: Path) -> list[str]:
         lines = []
         for sample in json.loads(path.read_text(encoding="utf-8")):
             talk = sample["conversation"]
-            sessions = sorted((k for k in talk if k.startswith("session_") and isinstance(talk[k], list)), key=lambda k: int(k.split("_")[1]))
+            sessions = sorted(
+                (k for k in talk if k.startswith("session_") and isinstance(talk[k], list)),
+                key=lambda k: int(k.split("_")[1]),
+            )
             lines.extend(f"{m['speaker']}: {m['text']}" for k in sessions for m in talk[k] if m.get("text"))
     else:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -150,7 +156,14 @@ class Case:
 
 
 def run_case(
-    model: PreTrainedModel, handle: MemoryHandle, codec: Codec, case: Case, episodes: int, seed: int, stream: Sequence[str] = (), unknown: int = 2
+    model: PreTrainedModel,
+    handle: MemoryHandle,
+    codec: Codec,
+    case: Case,
+    episodes: int,
+    seed: int,
+    stream: Sequence[str] = (),
+    unknown: int = 2,
 ) -> dict[str, Any]:
     """Tells, changes, talks, then asks every fact once in random order, and `unknown` things never told."""
     speakers = [Speaker(random.Random(FIRST_SEED + seed * 10_000 + i), evaluation=True) for i in range(episodes)]
@@ -181,7 +194,12 @@ def run_case(
     failures: list[str] = []
     order = [speaker.rng.sample(list(f), len(f)) for speaker, f in zip(speakers, facts, strict=True)]
     for i in range(case.facts):
-        replies = talk.chat([s.ask(o[i], facts[b][o[i]], phrasing=case.asked).user for b, (s, o) in enumerate(zip(speakers, order, strict=True))])
+        replies = talk.chat(
+            [
+                s.ask(o[i], facts[b][o[i]], phrasing=case.asked).user
+                for b, (s, o) in enumerate(zip(speakers, order, strict=True))
+            ]
+        )
         for b, reply in enumerate(replies):
             relation = order[b][i]
             good = is_correct(relation, facts[b][relation], reply)
@@ -219,11 +237,19 @@ def _stream_talk(talk: Conversations, speakers: Sequence[Speaker], case: Case, s
     end = talk.tokens + case.talk_tokens
     at = 0
     while talk.tokens < end:
-        messages = [stream[(s + at) % len(stream)] if case.source != "generated" else sp.talk().user for s, sp in zip(starts, speakers, strict=True)]
+        messages = [
+            stream[(s + at) % len(stream)] if case.source != "generated" else sp.talk().user
+            for s, sp in zip(starts, speakers, strict=True)
+        ]
         if case.form == "chat":
             talk.chat(messages)
         else:
-            talk.feed([(codec_prompt(talk.codec, m) if case.form == "template" else list(talk.codec.encode(m)))[:480] for m in messages])
+            talk.feed(
+                [
+                    (codec_prompt(talk.codec, m) if case.form == "template" else list(talk.codec.encode(m)))[:480]
+                    for m in messages
+                ]
+            )
         at += 1
 
 
@@ -232,7 +258,9 @@ def codec_prompt(codec: Codec, message: str) -> list[int]:
 
 
 @torch.no_grad()
-def harm(model: PreTrainedModel, handle: MemoryHandle, codec: Codec, facts: int, texts: Sequence[str], seed: int) -> dict[str, float]:
+def harm(
+    model: PreTrainedModel, handle: MemoryHandle, codec: Codec, facts: int, texts: Sequence[str], seed: int
+) -> dict[str, float]:
     """Perplexity of each text as a turn of its own, with `facts` held over without memory."""
     speakers = [Speaker(random.Random(FIRST_SEED + seed * 10_000 + i), evaluation=True) for i in range(len(texts))]
     talk = Conversations(model, handle, codec, len(texts))
@@ -249,7 +277,11 @@ def harm(model: PreTrainedModel, handle: MemoryHandle, codec: Codec, facts: int,
         each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(texts), -1)
         where = torch.arange(1, ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         losses.append(float((each * where).sum() / where.sum()))
-    return {"ratio": math.exp(losses[0] - losses[1]), "perplexity_without": math.exp(losses[1]), "tokens": int(lengths.sum())}
+    return {
+        "ratio": math.exp(losses[0] - losses[1]),
+        "perplexity_without": math.exp(losses[1]),
+        "tokens": int(lengths.sum()),
+    }
 
 
 def standard_cases(conversation: bool) -> dict[str, Case]:
@@ -268,8 +300,12 @@ def standard_cases(conversation: bool) -> dict[str, Case]:
         cases |= {
             "8 facts, 2k tokens of real conversation": Case(talk_tokens=2_000, source="conversation"),
             "8 facts, 10k tokens of real conversation": Case(talk_tokens=10_000, source="conversation"),
-            "8 facts, 2k tokens of real conversation, answered": Case(talk_tokens=2_000, source="conversation", form="chat"),
-            "8 facts, 2k tokens of real conversation, no template": Case(talk_tokens=2_000, source="conversation", form="raw"),
+            "8 facts, 2k tokens of real conversation, answered": Case(
+                talk_tokens=2_000, source="conversation", form="chat"
+            ),
+            "8 facts, 2k tokens of real conversation, no template": Case(
+                talk_tokens=2_000, source="conversation", form="raw"
+            ),
         }
     return cases
 
@@ -304,7 +340,11 @@ def load(backbone: Path, adapter: Path, device: str = "cpu") -> tuple[PreTrained
 def line(name: str, result: dict[str, Any]) -> str:
     """One row for a person."""
     parts = [f"{name}: {_shown(result['recall'])}"]
-    parts += [f"{key} {_shown(result[key])}" for key in ("acknowledged", "unknown", "changed_new", "changed_old") if result.get(key, {}).get("n")]
+    parts += [
+        f"{key} {_shown(result[key])}"
+        for key in ("acknowledged", "unknown", "changed_new", "changed_old")
+        if result.get(key, {}).get("n")
+    ]
     return ", ".join(parts) + f", {result['tokens']} tokens"
 
 
@@ -316,7 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Honest recall of a tiny assistant, by greedy generation.")
     parser.add_argument("--backbone", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--stream", type=Path, help="a conversation (LoCoMo JSON or text) to read between telling and asking")
+    parser.add_argument(
+        "--stream", type=Path, help="a conversation (LoCoMo JSON or text) to read between telling and asking"
+    )
     parser.add_argument("--episodes", type=int, default=63)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="only cases whose name holds this text")

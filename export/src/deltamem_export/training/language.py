@@ -21,9 +21,34 @@ ACKNOWLEDGEMENT = "Got it. "
 UNKNOWN = "... I don't know yet."
 LISTENING = "I see."
 
-TELL_OPENINGS = ("By the way, ", "Hey, ", "Just so you know, ", "You know what? ", "Hi! ", "Listen: ", "Fun fact: ", "Let me tell you something. ")
-CHANGE_OPENINGS = ("Actually, ", "Correction: ", "Sorry, I was wrong. ", "I have news. ", "Things have changed: ", "No, wait: ")
-ASK_OPENINGS = ("Tell me, ", "Quick question: ", "Remind me: ", "Hey, ", "Just checking: ", "By the way, ", "One more thing: ", "Hmm. ")
+TELL_OPENINGS = (
+    "By the way, ",
+    "Hey, ",
+    "Just so you know, ",
+    "You know what? ",
+    "Hi! ",
+    "Listen: ",
+    "Fun fact: ",
+    "Let me tell you something. ",
+)
+CHANGE_OPENINGS = (
+    "Actually, ",
+    "Correction: ",
+    "Sorry, I was wrong. ",
+    "I have news. ",
+    "Things have changed: ",
+    "No, wait: ",
+)
+ASK_OPENINGS = (
+    "Tell me, ",
+    "Quick question: ",
+    "Remind me: ",
+    "Hey, ",
+    "Just checking: ",
+    "By the way, ",
+    "One more thing: ",
+    "Hmm. ",
+)
 
 
 @dataclass(frozen=True)
@@ -213,10 +238,32 @@ def _where(name: str, prefix: str, tell: Sequence[str], ask: Sequence[str]) -> R
 
 
 def _relations() -> tuple[Relation, ...]:
-    people = ("sister", "brother", "cousin", "aunt", "uncle", "best friend", "boss", "neighbour", "teacher", "doctor", "roommate", "dentist")
+    people = (
+        "sister",
+        "brother",
+        "cousin",
+        "aunt",
+        "uncle",
+        "best friend",
+        "boss",
+        "neighbour",
+        "teacher",
+        "doctor",
+        "roommate",
+        "dentist",
+    )
     pets = ("dog", "cat", "parrot", "hamster", "horse", "rabbit", "goldfish", "tortoise")
     things = ("car", "bike", "front door", "kitchen", "sofa", "coat", "umbrella", "kettle", "boat", "hat")
-    favourites = {"fruit": "fruit", "drink": "drink", "animal": "animal", "flower": "flower", "sport": "sport", "dish": "dish", "music": "music", "subject": "subject"}
+    favourites = {
+        "fruit": "fruit",
+        "drink": "drink",
+        "animal": "animal",
+        "flower": "flower",
+        "sport": "sport",
+        "dish": "dish",
+        "music": "music",
+        "subject": "subject",
+    }
     workers = ("father", "mother", "wife", "grandfather", "landlord")
     players = ("son", "daughter", "husband", "nephew")
     single = (
@@ -268,6 +315,7 @@ def _relations() -> tuple[Relation, ...]:
 
 RELATIONS: tuple[Relation, ...] = _relations()
 BY_NAME: dict[str, Relation] = {r.name: r for r in RELATIONS}
+RELATION_INDEX: dict[str, int] = {r.name: i for i, r in enumerate(RELATIONS)}
 
 
 def _capitalised(text: str) -> str:
@@ -297,7 +345,11 @@ class Speaker:
     def draw_value(self, relation: Relation, pairs: str = "trained", unlike: str = "") -> str:
         if pairs != "trained" and not self.evaluation:
             raise ValueError(f"pairs={pairs!r} is for evaluation only; training draws pairs='trained'")
-        values = {"trained": relation.trained_values, "held-out": relation.held_out_values or relation.values, "any": relation.values}[pairs]
+        values = {
+            "trained": relation.trained_values,
+            "held-out": relation.held_out_values or relation.values,
+            "any": relation.values,
+        }[pairs]
         values = tuple(v for v in values if v != unlike) or tuple(v for v in relation.values if v != unlike)
         return self.rng.choice(values)
 
@@ -396,21 +448,35 @@ class Speaker:
             text = f"{owner} was {prefix[9:]} {value}."
         else:
             text = f"{owner} said: {relation.answer(value)}"
-        return _capitalised(self.rng.choice(("", "", "I heard that ", "It seems that ", "Did you know? ", "On the radio they said: ")) + text)
+        return _capitalised(
+            self.rng.choice(("", "", "I heard that ", "It seems that ", "Did you know? ", "On the radio they said: "))
+            + text
+        )
 
     def near_fact(self) -> str:
         """A sentence that mentions a thing one could tell about, or a value, and tells nothing."""
         relation = self.rng.choice(RELATIONS)
         value = self.rng.choice(relation.values)
-        thing = relation.name.split(" ")[0] if relation.name.endswith(("name", "colour")) else self.rng.choice(WORDS["kin"])
-        return _capitalised(self.fill(self.rng.choice(TALK["near"]).replace("{thing}", thing).replace("{value}", value)))
+        thing = (
+            relation.name.split(" ")[0] if relation.name.endswith(("name", "colour")) else self.rng.choice(WORDS["kin"])
+        )
+        return _capitalised(
+            self.fill(self.rng.choice(TALK["near"]).replace("{thing}", thing).replace("{value}", value))
+        )
 
     def word_salad(self, count: int) -> str:
         words = [w for pool in (WORDS["noun"], WORDS["adjective"], WORDS["verb"], WORDS["place"]) for w in pool]
         return " ".join(self.rng.choice(words) for _ in range(count))
 
     def gibberish(self, length: int) -> str:
-        alphabet = self.rng.choice((string.ascii_lowercase + "  ", string.printable.strip(), string.digits + ".,- ", "äöüßéèñçøåαβγдежз中文日本 😀🎉"))
+        alphabet = self.rng.choice(
+            (
+                string.ascii_lowercase + "  ",
+                string.printable.strip(),
+                string.digits + ".,- ",
+                "äöüßéèñçøåαβγдежз中文日本 😀🎉",
+            )
+        )
         return "".join(self.rng.choice(alphabet) for _ in range(length)).strip() or "x"
 
     def fill(self, template: str) -> str:

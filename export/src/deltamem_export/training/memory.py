@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from deltamem_export.adapter import AdapterConfig
 from deltamem_export.reference import MemoryHandle, attach
 from deltamem_export.scan import chunked_scan
+from deltamem_export.training.addresses import fit_addresses
 from deltamem_export.training.backbone import KIND, forward_rows, schedule
 from deltamem_export.training.batches import IGNORE, Context, Rows, pack
-from deltamem_export.training.language import BY_NAME, RELATIONS, Relation, Speaker
+from deltamem_export.training.language import BY_NAME, RELATION_INDEX, RELATIONS, Relation, Speaker
 from deltamem_export.training.tokenizer import DECISIVE, TEXT, Codec
 
-RELATION_INDEX = {r.name: i for i, r in enumerate(RELATIONS)}
+FITTED = ("memory_k_proj", "memory_q_proj")
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,29 @@ class MemoryRecipe:
     heads: int = 1
     layers: tuple[int, ...] = (2, 3)
     update_mode: str = "no_lambda"
-    steps: int = 1200
+    steps: int = 700
     tokens: int = 8192
     width: int = 128
-    rate: float = 4e-3
+    rate: float = 2e-3
     warm_up: int = 40
     flat: float = 0.4
     unknown_weight: float = 0.5
     reply_weight: float = 0.2
-    harm_weight: float = 1.0
+    harm_weight: float = 2.0
     harm_share: float = 0.25
-    quiet_weight: float = 0.05
+    quiet_weight: float = 0.1
     quiet_logit: float = 12.0
     overlap_weight: float = 0.3
     align_weight: float = 0.1
+    first_facts: int = 8
     most_facts: int = 32
     told_questions: int = 12
     unknown_questions: int = 4
     carry: float = 0.4
     many_talk: float = 0.15
+    fit: int = 24
+    """Turns a relation for the start in closed form (`addresses.py`); 0: projections start at random."""
+    fitted_share: float = 0.15
 
     def adapter_config(self) -> AdapterConfig:
         """alpha = r: with alpha/r = 1/4 nothing was learnt in the study."""
@@ -78,8 +83,10 @@ class Episode:
 
     facts: dict[Relation, str] = field(default_factory=dict)
 
-    def stream(self, speaker: Speaker, codec: Codec, recipe: MemoryRecipe, most: int, unknown: bool, talk: int) -> list[tuple[Context, int]]:
-        """The next turns: tells, changes and talk, then questions. Each with the index of its relation, −1 for talk."""
+    def stream(
+        self, speaker: Speaker, codec: Codec, recipe: MemoryRecipe, most: int, unknown: bool, talk: int
+    ) -> list[Context]:
+        """The next turns: tells, changes and talk, then questions."""
         rng = speaker.rng
         room = max(0, most - len(self.facts))
         count = min(room, most if rng.random() < 0.5 else rng.randint(1, most))
@@ -97,31 +104,42 @@ class Episode:
         turns += later
         for _ in range(talk):  # anywhere; a change stays behind what it changes
             turns.insert(rng.randint(0, len(turns)), speaker.talk())
-        questions = [speaker.ask(r, v) for r, v in rng.sample(list(self.facts.items()), min(recipe.told_questions, len(self.facts)))]
+        known = list(self.facts.items())
+        asked = rng.sample(known, min(recipe.told_questions, len(known)))
+        asked += rng.choices(known, k=recipe.told_questions - len(asked))  # few facts are asked again, in other words
+        questions = [speaker.ask(r, v) for r, v in asked]
         if unknown:
             strangers = [r for r in RELATIONS if r not in self.facts]
-            questions += [speaker.ask(r, None) for r in rng.sample(strangers, min(recipe.unknown_questions, len(strangers)))]
+            questions += [
+                speaker.ask(r, None) for r in rng.sample(strangers, min(recipe.unknown_questions, len(strangers)))
+            ]
         rng.shuffle(questions)
         contexts = []
         for turn in turns + questions:
             encoded = codec.turn(turn)
             kind = KIND[turn.kind]
-            context = Context.of_turn(encoded, kind)
+            context = Context.of_turn(encoded, kind, RELATION_INDEX.get(turn.relation, -1))
             if turn.kind == "talk":
                 form = rng.random()
                 if form < 0.25:  # read, but not answered
-                    context = Context(encoded.ids[: encoded.reply], (*encoded.ids[1 : encoded.reply], IGNORE), [TEXT] * encoded.reply, [kind] * encoded.reply)
+                    context = _plain(encoded.ids[: encoded.reply], kind)
                 elif form < 0.4:  # plain text, without the template
-                    ids = codec.encode(turn.user)
-                    context = Context(ids, (*ids[1:], IGNORE), [TEXT] * len(ids), [kind] * len(ids))
-            contexts.append((context, RELATION_INDEX.get(turn.relation, -1)))
+                    context = _plain(codec.encode(turn.user), kind)
+            contexts.append(context)
         return contexts
+
+
+def _plain(ids: Sequence[int], kind: int) -> Context:
+    """Text that is only read."""
+    return Context(ids, (*ids[1:], IGNORE), [TEXT] * len(ids), [kind] * len(ids), [-1] * len(ids))
 
 
 def stream_scan(rows: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """A scan for `rows` consecutive rows of one stream: the rows are the batch for attention, one long sequence for the memory."""
 
-    def scan(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def scan(
+        q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         width = q.shape[1]
 
         def joined(x: Tensor) -> Tensor:  # [B·rows, W, H, d] → [B, rows·W, H, d]
@@ -151,7 +169,15 @@ class MemoryProgress:
 class MemoryTrainer:
     """Holds the frozen decoder, the memory on it and the state of training; `step` does one optimiser step."""
 
-    def __init__(self, model: PreTrainedModel, speaker: Speaker, codec: Codec, recipe: MemoryRecipe, seed: int, device: str = "cpu"):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        speaker: Speaker,
+        codec: Codec,
+        recipe: MemoryRecipe,
+        seed: int,
+        device: str = "cpu",
+    ):
         torch.manual_seed(seed)
         self.recipe, self.speaker, self.codec, self.device = recipe, speaker, codec, device
         self.rng: random.Random = speaker.rng
@@ -160,45 +186,57 @@ class MemoryTrainer:
         self.model = model
         self.handle: MemoryHandle = attach(model, recipe.adapter_config())
         self.handle.record = True
-        self.optimizer = torch.optim.AdamW(self.handle.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)
-        self.most = 1.0
+        if recipe.fit:
+            fit_addresses(self.plain, self.handle, speaker, codec, recipe.fit)
+        fitted = [p for n, p in self.handle.named_parameters() if n.rsplit(".", 1)[-1] in FITTED]
+        others = [p for n, p in self.handle.named_parameters() if n.rsplit(".", 1)[-1] not in FITTED]
+        # What starts in a good place moves slowly.
+        self.shares = (recipe.fitted_share if recipe.fit else 1.0, 1.0)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": fitted}, {"params": others}], lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.most = float(recipe.first_facts)
         self.since = 0
         self.told_mean = self.unknown_mean = 0.0
         self.episodes: list[Episode] = []
         self.state: Tensor | None = None
 
-    def batch(self) -> tuple[Rows, Tensor, int]:
-        """Rows of all episodes, the relation of each token's turn [rows, W], and how many rows an episode has."""
+    def batch(self) -> tuple[Rows, int]:
+        """Rows of all episodes, and how many rows an episode has."""
         recipe = self.recipe
         most = int(self.most)
-        many = self.rng.random() < recipe.many_talk
-        talk = 24 if many else self.rng.randint(2, 6)
-        size = max(4, recipe.tokens // (20 * most + 300 + 30 * talk + 16 * min(most, 12)))
+        # The first facts are learnt without distance; then talk, and streams that go on.
+        able = most >= 4
+        talk = (
+            24
+            if able and self.rng.random() < recipe.many_talk
+            else self.rng.randint(2, 6)
+            if able
+            else self.rng.randint(0, 3)
+        )
+        questions = recipe.told_questions + (recipe.unknown_questions if most >= 2 else 0)
+        size = max(4, recipe.tokens // (22 * most + 18 * questions + 30 * talk))
         if len(self.episodes) != size or self.state is None:
             self.episodes, self.state = [Episode() for _ in range(size)], None
         streams = []
         for b in range(size):
-            if self.rng.random() >= recipe.carry or len(self.episodes[b].facts) > most:
+            if not able or self.rng.random() >= recipe.carry or len(self.episodes[b].facts) > most:
                 self.episodes[b] = Episode()
                 if self.state is not None:
                     self.state[b] = 0
             streams.append(self.episodes[b].stream(self.speaker, self.codec, recipe, most, most >= 2, talk))
-        packed = [pack([c for c, _ in stream], recipe.width, self.codec.pad) for stream in streams]
-        count = max(p.ids.shape[0] for p in packed)
-        packed = [pack([c for c, _ in stream], recipe.width, self.codec.pad, count) for stream in streams]
-        relations = []
-        for stream, rows in zip(streams, packed, strict=True):
-            table = torch.tensor([r for _, r in stream] + [-1])
-            relations.append(table[rows.segments])
-        names = ("ids", "targets", "tags", "kinds", "segments", "positions")
-        joined = Rows(**{name: torch.cat([getattr(p, name) for p in packed]) for name in names})
-        return joined.to(self.device), torch.cat(relations).to(self.device), count
+        count = max(pack(stream, recipe.width, self.codec.pad).ids.shape[0] for stream in streams)
+        packed = [pack(stream, recipe.width, self.codec.pad, count) for stream in streams]
+        return Rows(**{f.name: torch.cat([getattr(p, f.name) for p in packed]) for f in fields(Rows)}).to(
+            self.device
+        ), count
 
     def step(self, index: int) -> MemoryProgress:
         recipe, handle = self.recipe, self.handle
         rate = recipe.rate * schedule(index, recipe.steps, recipe.warm_up, recipe.flat)
-        self.optimizer.param_groups[0]["lr"] = rate
-        rows, relations, count = self.batch()
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = rate * share
+        rows, count = self.batch()
         real = rows.targets != IGNORE
         handle.reset(rows.ids.shape[0])
         if self.state is not None:
@@ -217,7 +255,7 @@ class MemoryTrainer:
         unknown = (tags == DECISIVE) & (kinds == KIND["unknown"])
         rest = ~told & ~unknown
         harm = self._harm(rows, hidden, real)
-        quiet, overlap, align = self._gates_and_keys(rows, relations)
+        quiet, overlap, align = self._gates_and_keys(rows)
         # Quiet comes in once three facts are held; a gate that must be shut before it has learnt to open never opens.
         ramp = min(1.0, max(0.0, (self.most - 2.0) / 2.0))
         loss = (
@@ -238,7 +276,17 @@ class MemoryTrainer:
             told_share = float((right & told).sum() / told.sum().clamp_min(1))
             unknown_share = float((right & unknown).sum() / unknown.sum().clamp_min(1)) if unknown.any() else 1.0
         self._promote(told_share, unknown_share)
-        return MemoryProgress(index, loss.item(), told_share, unknown_share, harm.item(), quiet.item(), overlap.item(), align.item(), self.most)
+        return MemoryProgress(
+            index,
+            loss.item(),
+            told_share,
+            unknown_share,
+            harm.item(),
+            quiet.item(),
+            overlap.item(),
+            align.item(),
+            self.most,
+        )
 
     def save(self, path: Path, step: int) -> None:
         """Writes whole or not at all."""
@@ -263,7 +311,9 @@ class MemoryTrainer:
         self.handle.layers.load_state_dict(saved["memory"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.setstate(saved["random"])
-        self.episodes = [Episode({BY_NAME[name]: value for name, value in facts.items()}) for facts in saved["episodes"]]
+        self.episodes = [
+            Episode({BY_NAME[name]: value for name, value in facts.items()}) for facts in saved["episodes"]
+        ]
         self.state = saved["state"]
         self.most, self.since, self.told_mean, self.unknown_mean = saved["curriculum"]
         return int(saved["step"])
@@ -284,15 +334,17 @@ class MemoryTrainer:
         if len(having) == 0:
             return hidden.new_zeros(())
         wanted = max(1, int(self.recipe.harm_share * rows.ids.shape[0]))
-        chosen = having[torch.tensor(self.rng.sample(range(len(having)), min(wanted, len(having))), device=having.device)]
-        subset = Rows(*(t[chosen] for t in (rows.ids, rows.targets, rows.tags, rows.kinds, rows.segments, rows.positions)))
+        chosen = having[
+            torch.tensor(self.rng.sample(range(len(having)), min(wanted, len(having))), device=having.device)
+        ]
+        subset = rows.each(lambda t: t[chosen])
         where = talk[chosen]
         with torch.no_grad():
             base = F.log_softmax(self.plain.lm_head(forward_rows(self.plain, subset)[where]), dim=-1)
         ours = F.log_softmax(self.model.lm_head(hidden[chosen][where]), dim=-1)
         return F.kl_div(ours, base, log_target=True, reduction="batchmean")
 
-    def _gates_and_keys(self, rows: Rows, relations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gates_and_keys(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Writes outside the acknowledgements; overlap of the keys of different relations; queries away from their keys."""
         written = rows.kinds <= KIND["change"]
         written = written & (rows.kinds >= 0)
@@ -303,7 +355,7 @@ class MemoryTrainer:
         # Only the first decisive token of an answer asks by its relation alone.
         asked = asked & ~torch.cat((torch.zeros_like(asked[:, :1]), asked[:, :-1]), dim=1)
         quiet, overlap, align = (rows.ids.new_zeros((), dtype=torch.float32) for _ in range(3))
-        index = relations.clamp_min(0)
+        index = rows.relations.clamp_min(0)
         for proposal in self.handle.recorded.values():
             logit = proposal.beta_logit.mean(dim=(-1, -2))
             excess = F.relu(logit + self.recipe.quiet_logit)[quiet_where]
@@ -311,26 +363,44 @@ class MemoryTrainer:
             beta = proposal.beta_logit.sigmoid().mean(dim=(-1, -2))
             keys = proposal.k.flatten(-2)  # [R, W, H·r]
             weight = (beta * written).unsqueeze(-1)
-            table = keys.new_zeros(len(RELATIONS), keys.shape[-1]).index_add(0, index[written], (weight * keys)[written])
-            present = torch.zeros(len(RELATIONS), dtype=torch.bool, device=keys.device).index_fill(0, index[written], True)
+            table = keys.new_zeros(len(RELATIONS), keys.shape[-1]).index_add(
+                0, index[written], (weight * keys)[written]
+            )
+            present = torch.zeros(len(RELATIONS), dtype=torch.bool, device=keys.device).index_fill(
+                0, index[written], True
+            )
             mean = F.normalize(table[present], dim=-1)
             gram = mean @ mean.T
             n = gram.shape[0]
             if n > 1:
-                overlap = overlap + (gram.square().sum() - gram.diagonal().square().sum()) / (n * (n - 1)) * self.recipe.rank / 4
+                overlap = (
+                    overlap
+                    + (gram.square().sum() - gram.diagonal().square().sum()) / (n * (n - 1)) * self.recipe.rank / 4
+                )
             known = asked & present[index]
             if known.any():
                 place = present.cumsum(0) - 1
-                align = align + (1 - (F.normalize(proposal.q.flatten(-2)[known], dim=-1) * mean[place[index[known]]]).sum(-1)).mean()
+                align = (
+                    align
+                    + (
+                        1 - (F.normalize(proposal.q.flatten(-2)[known], dim=-1) * mean[place[index[known]]]).sum(-1)
+                    ).mean()
+                )
             # Keys of one relation, wherever it is told, are one key.
             own = F.normalize(keys, dim=-1)[written]
-            align = align + ((1 - (own * mean[(present.cumsum(0) - 1)[index[written]]]).sum(-1)) * weight.squeeze(-1)[written]).sum() / weight.sum().clamp_min(1e-6)
+            align = align + (
+                (1 - (own * mean[(present.cumsum(0) - 1)[index[written]]]).sum(-1)) * weight.squeeze(-1)[written]
+            ).sum() / weight.sum().clamp_min(1e-6)
         layers = len(self.handle.recorded)
         return quiet / layers, overlap / layers, align / layers
 
 
 def train_memory(
-    trainer: MemoryTrainer, report: Callable[[MemoryProgress], None] = lambda _: None, limit: int | None = None, checkpoint: Path | None = None, every: int = 100
+    trainer: MemoryTrainer,
+    report: Callable[[MemoryProgress], None] = lambda _: None,
+    limit: int | None = None,
+    checkpoint: Path | None = None,
+    every: int = 100,
 ) -> list[MemoryProgress]:
     """Trains for the recipe's steps (or stops after `limit`). Returns one line per step.
 

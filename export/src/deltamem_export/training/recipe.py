@@ -5,6 +5,7 @@
     OUT/extra/       demo.json, stream.txt, for the bundle
     OUT/*.csv        metrics of both trainings, a line per step
     OUT/card.json    data, steps, device, minutes, measured figures
+    OUT/bundle/      what the runtime loads (made by `deltamem_export.bundle`)
 
 A stage that has left its result is not run again, so an interrupted run goes on at the stage it was in; inside the memory's training it goes on at
 the last checkpoint. It knows the order of things; the stages themselves live beside it.
@@ -48,6 +49,7 @@ class Recipe:
     episodes: int = 63
     cases: tuple[str, ...] = ()
     """Names of the evaluation's rows; empty: all."""
+    bundle: bool = True
 
 
 RECIPES: dict[str, Recipe] = {
@@ -55,11 +57,25 @@ RECIPES: dict[str, Recipe] = {
     # Seconds, for tests: too small to remember anything.
     "smoke": Recipe(
         "smoke",
-        BackboneRecipe(vocabulary=1200, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=64, steps=20, rows=4, warm_up=4),
-        MemoryRecipe(rank=16, layers=(1,), steps=6, tokens=1024, warm_up=2),
+        BackboneRecipe(
+            vocabulary=1200,
+            hidden=32,
+            layers=2,
+            heads=2,
+            kv_heads=1,
+            head_dim=16,
+            intermediate=64,
+            steps=20,
+            rows=4,
+            warm_up=4,
+            sharpen_steps=4,
+            sharpen_layers=(1,),
+        ),
+        MemoryRecipe(rank=16, layers=(1,), steps=6, tokens=1024, warm_up=2, fit=2),
         corpus_turns=400,
         episodes=2,
         cases=("8 facts",),
+        bundle=False,
     ),
 }
 
@@ -74,19 +90,30 @@ def corpus(speaker: Speaker, turns: int) -> Iterator[str]:
     for _ in range(turns):
         turn = speaker.talk()
         relation, value = speaker.draw_facts(1)[0]
-        yield from (turn.user, turn.reply, speaker.tell(relation, value).user, speaker.ask(relation, value).user, relation.acknowledgement(value))
+        yield from (
+            turn.user,
+            turn.reply,
+            speaker.tell(relation, value).user,
+            speaker.ask(relation, value).user,
+            relation.acknowledgement(value),
+        )
     yield from speaker.text
 
 
 def run_recipe(
-    recipe: Recipe, out: Path, seed: int = 0, device: str = "cpu", stream: Path | None = None, say: Callable[[str], None] = print
+    recipe: Recipe,
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    stream: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """All stages into `out`. Returns the card."""
     _keep_heap()
     out.mkdir(parents=True, exist_ok=True)
     backbone, adapter, extra = out / "backbone", out / "adapter", out / "extra"
     text = english.passages()
-    seeds = [random.Random(10 * seed + i) for i in (1, 2, 3)]
+    seeds = [random.Random(10 * seed + i) for i in (1, 2, 3, 4)]
     minutes = _read(out / "minutes.json")
     lap = timer()
 
@@ -97,12 +124,20 @@ def run_recipe(
 
     ran: list[str] = []
     if not (backbone / "config.json").is_file():
-        tokenizer = train_tokenizer(corpus(Speaker(seeds[0], text=text), recipe.corpus_turns), recipe.backbone.vocabulary)
+        tokenizer = train_tokenizer(
+            corpus(Speaker(seeds[0], text=text), recipe.corpus_turns), recipe.backbone.vocabulary
+        )
         codec = Codec(tokenizer)
         model = build_backbone(recipe.backbone, codec.end, codec.pad, seed)
-        say(f"backbone: {sum(p.numel() for p in model.parameters()):,} parameters, {recipe.backbone.steps} steps on {device}")
+        say(
+            f"backbone: {sum(p.numel() for p in model.parameters()):,} parameters, {recipe.backbone.steps} steps on {device}"
+        )
         with _Metrics(out / "backbone.csv", say) as metrics:
             train_backbone(model, Speaker(seeds[1], text=text), codec, recipe.backbone, device, metrics.line)
+            torch.manual_seed(seed)
+            train_backbone(
+                model, Speaker(seeds[3], text=text), codec, recipe.backbone, device, metrics.line, sharpen=True
+            )
         partial = out / "backbone.partial"
         model.to("cpu").save_pretrained(partial)
         save_tokenizer(tokenizer, partial)
@@ -126,11 +161,16 @@ def run_recipe(
     model, handle, codec = evaluate.load(backbone, adapter, device)
     turns = evaluate.talk_turns(stream or extra / "stream.txt")
     cases = {n: c for n, c in evaluate.standard_cases(bool(turns)).items() if not recipe.cases or n in recipe.cases}
-    figures = evaluate.evaluate(model, handle, codec, recipe.episodes, 0, turns, cases, lambda n, r: say(evaluate.line(n, r)))
+    figures = evaluate.evaluate(
+        model, handle, codec, recipe.episodes, 0, turns, cases, lambda n, r: say(evaluate.line(n, r))
+    )
     done("evaluation")
     for result in figures.values():
         result.pop("failures")
-    harm = {str(n): evaluate.harm(model, handle, codec, n, random.Random(0).sample(turns, min(64, len(turns))), 900 + n) for n in (8, min(32, len(RELATIONS)))}
+    harm = {
+        str(n): evaluate.harm(model, handle, codec, n, random.Random(0).sample(turns, min(64, len(turns))), 900 + n)
+        for n in (8, min(32, len(RELATIONS)))
+    }
     card = {
         "recipe": recipe.name,
         "seed": seed,
@@ -147,7 +187,25 @@ def run_recipe(
         "harm": harm,
     }
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    if recipe.bundle:
+        make_bundle(out, recipe.name, say)
     return card
+
+
+def make_bundle(out: Path, name: str, say: Callable[[str], None] = print) -> Path:
+    """The bundle of what lies in `out`: backbone, adapter, the demo's files and the card."""
+    from deltamem_export.bundle import export_bundle
+
+    extra = [p for p in (out / "extra" / "demo.json", out / "extra" / "stream.txt", out / "card.json") if p.is_file()]
+
+    def copy(target: Path) -> list[str]:
+        for path in extra:
+            shutil.copyfile(path, target / path.name)
+        return [path.name for path in extra]
+
+    return export_bundle(
+        out / "backbone", out / "adapter", out / "bundle", "fp32", name=name, force=True, extra_files=copy, say=say
+    )
 
 
 class _Metrics:

@@ -33,7 +33,10 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
@@ -43,7 +46,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Hugging Face form: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
     from transformers import PreTrainedTokenizerFast
 
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=[USER, ASSISTANT, SYSTEM])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=[USER, ASSISTANT, SYSTEM]
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = 2048
     fast.save_pretrained(folder)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltamem_rt as dm
+from agreement import assert_close
 from deltamem_export.adapter import Adapter
 from deltamem_export.reference import attach
 
@@ -47,12 +48,6 @@ def test_pytorch_onnx_and_rust_agree(case: str, parity_data: Path, parity_bundle
             states = {"PyTorch": pytorch, "ONNX": onnx, "Rust": rust, "official": expected}
             for name, state in states.items():
                 for other, twin in states.items():
-                    difference = np.abs(state - twin)
-                    assert difference.max() <= STATES, (
-                        f"turn {t}, {name} against {other}: max {difference.max():.2e}, mean {difference.mean():.2e}"
-                    )
+                    assert_close(f"turn {t}, states of {name} against {other}", state, twin, STATES)
             for name, logits in {"PyTorch": torch_logits, "ONNX": onnx_logits}.items():
-                difference = np.abs(logits - golden[f"turn{t}_logits"])
-                assert difference.max() <= LOGITS, (
-                    f"turn {t}, logits of {name}: max {difference.max():.2e}, mean {difference.mean():.2e}"
-                )
+                assert_close(f"turn {t}, logits of {name}", logits, golden[f"turn{t}_logits"], LOGITS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import deltamem_rt as dm
+from agreement import assert_close
 
 LOGITS, STATES = 1e-4, 1e-5
 CASES = ("qwen3_tsw_qo", "smollm3_tsw_qo")
@@ -39,22 +40,6 @@ def session(model: dm.Model) -> Iterator[dm.Session]:
         yield session
 
 
-def agree(what: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """Fail with the largest and the mean difference, and where the largest is."""
-    assert found.shape == expected.shape, f"{what}: found shape {found.shape}, expected {expected.shape}"
-    difference = np.abs(found.astype(np.float64) - expected)
-    where = np.unravel_index(np.argmax(difference), difference.shape)
-    assert difference.max() <= tolerance, (
-        f"{what}: max {difference.max():.3e}, mean {difference.mean():.3e}, tolerance {tolerance:.0e}; the largest at "
-        f"{tuple(int(i) for i in where)}: found {found[where]:.6f}, expected {expected[where]:.6f}"
-    )
-
-
-def memory(session: dm.Session) -> np.ndarray:
-    """The state as the goldens lay it out: [layers, batch, r, r], with one head and a batch of one."""
-    return session.memory
-
-
 def turn(session: dm.Session, ids: np.ndarray, **options: bool) -> np.ndarray:
     logits = session.feed(ids, logits=True, **options)
     session.end_turn()
@@ -64,15 +49,15 @@ def turn(session: dm.Session, ids: np.ndarray, **options: bool) -> np.ndarray:
 def test_five_turns_then_greedy_decoding(session: dm.Session, golden: dict[str, np.ndarray]) -> None:
     for t in range(5):
         logits = session.feed(golden[f"turn{t}_ids"], logits=True)
-        agree(f"turn {t} logits", logits, golden[f"turn{t}_logits"], LOGITS)
-        agree(f"turn {t} states", memory(session), golden[f"turn{t}_states"], STATES)
+        assert_close(f"turn {t} logits", logits, golden[f"turn{t}_logits"], LOGITS)
+        assert_close(f"turn {t} states", session.memory, golden[f"turn{t}_states"], STATES)
         if t < 4:
             session.end_turn()
     for step, token in enumerate(golden["decode_ids"]):
         assert int(np.argmax(logits[-1])) == token, f"greedy step {step}"
         logits = session.feed([int(token)], logits=True)
-        agree(f"decode step {step}", logits[0], golden["decode_logits"][step], LOGITS)
-    agree("decode states", memory(session), golden["decode_states"], STATES)
+        assert_close(f"decode step {step}", logits[0], golden["decode_logits"][step], LOGITS)
+    assert_close("decode states", session.memory, golden["decode_states"], STATES)
     assert int(np.argmax(logits[-1])) == golden["decode_next_id"][0]
 
 
@@ -86,34 +71,36 @@ def test_generate_gives_the_greedy_ids(session: dm.Session, model: dm.Model, gol
     assert not set(eos) & set(expected), "the golden ignores eos; this test needs greedy ids without it"
     assert reply.token_ids == expected
     assert len(pieces) == 8
-    agree("states after generate", memory(session), golden["decode_states"], STATES)
+    assert_close("states after generate", session.memory, golden["decode_states"], STATES)
 
 
 def test_one_call_and_chunks_of_64(session: dm.Session, golden: dict[str, np.ndarray]) -> None:
     ids = golden["cont_ids"]
-    agree("one call logits", session.feed(ids, logits=True), golden["cont_once_logits"], LOGITS)
-    agree("one call states", memory(session), golden["cont_once_states"], STATES)
+    assert_close("one call logits", session.feed(ids, logits=True), golden["cont_once_logits"], LOGITS)
+    assert_close("one call states", session.memory, golden["cont_once_states"], STATES)
     session.reset()
     logits = np.concatenate([session.feed(ids[start : start + 64], logits=True) for start in range(0, 200, 64)])
-    agree("chunked logits", logits[golden["cont_chunk_tail_pos"]], golden["cont_chunk_logits_tail"], LOGITS)
-    agree("chunked states", memory(session), golden["cont_chunk_states"], STATES)
+    assert_close("chunked logits", logits[golden["cont_chunk_tail_pos"]], golden["cont_chunk_logits_tail"], LOGITS)
+    assert_close("chunked states", session.memory, golden["cont_chunk_states"], STATES)
 
 
 def test_read_only(session: dm.Session, golden: dict[str, np.ndarray]) -> None:
     turn(session, golden["turn0_ids"])
     turn(session, golden["turn1_ids"])
-    agree("states before", memory(session), golden["read_only_states_before"], STATES)
+    assert_close("states before", session.memory, golden["read_only_states_before"], STATES)
     before = session.memory
-    agree("read-only logits", turn(session, golden["turn2_ids"], write=False), golden["read_only_logits"], LOGITS)
+    assert_close(
+        "read-only logits", turn(session, golden["turn2_ids"], write=False), golden["read_only_logits"], LOGITS
+    )
     assert np.array_equal(before, session.memory), "writes were off and the memory moved"
-    agree("states after", memory(session), golden["read_only_states_after"], STATES)
+    assert_close("states after", session.memory, golden["read_only_states_after"], STATES)
 
 
 def test_float64_references(session: dm.Session, golden: dict[str, np.ndarray]) -> None:
     for t in range(5):
         logits = turn(session, golden[f"turn{t}_ids"])
-        agree(f"turn {t} last logits against float64", logits[-1], golden[f"fp64_turn{t}_last_logits"], LOGITS)
-        agree(f"turn {t} states against float64", memory(session), golden[f"fp64_turn{t}_states"], STATES)
+        assert_close(f"turn {t} last logits against float64", logits[-1], golden[f"fp64_turn{t}_last_logits"], LOGITS)
+        assert_close(f"turn {t} states against float64", session.memory, golden[f"fp64_turn{t}_states"], STATES)
 
 
 def test_every_array_of_the_golden_is_held_to(golden: dict[str, np.ndarray]) -> None:

@@ -11,6 +11,7 @@
 
 mod errors;
 mod generation;
+mod geometry;
 mod model;
 mod proof;
 mod session;
@@ -74,7 +75,7 @@ fn cpu_features() -> Vec<&'static str> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<model::Model>()?;
-    module.add_class::<model::Geometry>()?;
+    module.add_class::<geometry::Geometry>()?;
     module.add_class::<session::Session>()?;
     module.add_class::<generation::Generation>()?;
     module.add_class::<generation::GenerationStats>()?;

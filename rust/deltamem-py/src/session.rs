@@ -13,7 +13,7 @@ use pyo3::types::PyString;
 
 use crate::errors::{detached, named, to_python};
 use crate::generation::Generation;
-use crate::model::Geometry;
+use crate::geometry::Geometry;
 use crate::snapshot::{Snapshot, view};
 use crate::tokens::tokens;
 

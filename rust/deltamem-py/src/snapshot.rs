@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::errors::snapshot_to_python;
-use crate::model::Geometry;
+use crate::geometry::Geometry;
 
 /// A session's memory at one moment: immutable, a few KB, made by ``Session.snapshot()``.
 ///

@@ -27,9 +27,9 @@ def say(deltamem, monkeypatch):
 
 
 def test_it_remembers_what_an_earlier_turn_said(say):
-    outcome = say("My dog is called Rufus.", "What is my dog called?")
+    outcome = say("My dog is called Bruno.", "What is my dog called?")
     assert outcome.code == 0, outcome.err
-    assert "Rufus" in outcome.out.splitlines()[-1]
+    assert "Bruno" in outcome.out.splitlines()[-1]
 
 
 def test_memory_shows_bytes_norms_and_tokens(say):
@@ -41,7 +41,7 @@ def test_memory_shows_bytes_norms_and_tokens(say):
 
 
 def test_forget_empties_the_memory(say):
-    lines = say("My dog is called Rufus.", "/forget", "/memory").out.splitlines()
+    lines = say("My dog is called Bruno.", "/forget", "/memory").out.splitlines()
     assert [line.split()[-1] for line in lines if "norm, layer" in line] == ["0"] * sum(
         "norm, layer" in line for line in lines
     )
@@ -49,11 +49,11 @@ def test_forget_empties_the_memory(say):
 
 def test_a_saved_memory_goes_on_in_another_conversation(say, tmp_path):
     file = tmp_path / "a memory.safetensors"
-    assert say("My dog is called Rufus.", f"/save '{file}'").code == 0
+    assert say("My dog is called Bruno.", f"/save '{file}'").code == 0
     assert dm.Snapshot.from_bytes(file.read_bytes()).turns == 1
     assert [path.name for path in tmp_path.iterdir()] == [file.name], "nothing half-written is left beside it"
-    assert "Rufus" in say("What is my dog called?", options=("--load", file)).out
-    assert "Rufus" in say(f"/load '{file}'", "What is my dog called?").out
+    assert "Bruno" in say("What is my dog called?", options=("--load", file)).out
+    assert "Bruno" in say(f"/load '{file}'", "What is my dog called?").out
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_a_mistake_is_answered_and_the_conversation_goes_on(say, line, words):
 def test_a_file_that_is_no_snapshot_does_not_touch_the_memory(say, tmp_path):
     file = tmp_path / "broken.safetensors"
     file.write_bytes(b"\xff" * 100)
-    outcome = say("My dog is called Rufus.", f"/load {file}", "What is my dog called?")
+    outcome = say("My dog is called Bruno.", f"/load {file}", "What is my dog called?")
     assert "error: " in outcome.out
-    assert "Rufus" in outcome.out.splitlines()[-1]
+    assert "Bruno" in outcome.out.splitlines()[-1]
 
 
 def test_a_missing_memory_on_the_command_line_ends_with_code_2(say, tmp_path):

@@ -48,7 +48,7 @@ def test_a_cut_line_is_one_line_and_fits(text, width):
 
 
 def test_a_reply_keeps_its_end():
-    assert pad("Your grandmother's dog is called Rufus.", 20).endswith("d Rufus.")
+    assert pad("Your grandmother's dog is called Bruno.", 20).endswith("d Bruno.")
 
 
 def test_a_model_cannot_steer_the_terminal():

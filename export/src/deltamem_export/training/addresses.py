@@ -39,7 +39,7 @@ def fit_addresses(
     each: int = 24,
     width: int = 128,
     ridge: float = 1.0,
-    open_logit: float = 4.0,
+    open_logit: float = 2.0,
     shut_logit: float = -6.0,
     strength: float = 80.0,
 ) -> None:

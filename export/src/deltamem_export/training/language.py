@@ -342,15 +342,9 @@ class Speaker:
         chosen = self.rng.sample(RELATIONS, count)
         return [(r, self.draw_value(r, pairs)) for r in chosen]
 
-    def draw_value(self, relation: Relation, pairs: str = "trained", unlike: str = "", odd: float = 0.0) -> str:
-        """A value of the relation; with the chance `odd` one of any other relation ("my dog is called Tuesday"), which the relation's own
-        values never are, so that saying a value is not learnt relation by relation."""
+    def draw_value(self, relation: Relation, pairs: str = "trained", unlike: str = "") -> str:
         if pairs != "trained" and not self.evaluation:
             raise ValueError(f"pairs={pairs!r} is for evaluation only; training draws pairs='trained'")
-        if odd and self.rng.random() < odd:
-            other = self.rng.choice(self.rng.choice(RELATIONS).values)
-            if other not in relation.values:
-                return other
         values = {
             "trained": relation.trained_values,
             "held-out": relation.held_out_values or relation.values,

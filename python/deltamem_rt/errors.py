@@ -47,7 +47,7 @@ class ContextLengthError(DeltaMemError, ValueError):
 
 
 class TextError(DeltaMemError, ValueError):
-    """A tokenizer or a chat template that failed, or a bundle that has none."""
+    """A tokenizer or a chat template that failed. (A bundle without one is a ``SessionError``.)"""
 
 
 class DeviceError(DeltaMemError, RuntimeError):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import deltamem_rt as dm
 from agreement import assert_close
 from deltamem_export.adapter import Adapter
 from deltamem_export.bundle import export_bundle
@@ -94,6 +95,17 @@ def test_a_bundle_computes_what_the_reference_computes(variant, make_backbone, m
         assert_close("states", grafted.memory, handle.state.numpy(), STATES * max(1.0, float(handle.state.abs().max())))
         moved = max(moved, float(grafted.energy[..., 0].max()))
     assert moved > 1e-3, "no correction did anything, so nothing was compared"
+
+    # The engine, with each sequence in a session of its own.
+    engine = dm.Model.load(bundle)
+    for row, wanted in enumerate(grafted.memory):
+        with engine.session() as session:
+            session.feed(ids[row, :17])
+            session.feed(ids[row, 17:18])
+            session.end_turn()
+            logits = session.feed(ids[row, 18:], write=False, logits=True)
+            assert_close("the engine's logits", logits, out.logits[row].numpy(), LOGITS)
+            assert_close("the engine's states", session.memory, wanted, STATES * max(1.0, float(np.abs(wanted).max())))
 
 
 def test_energies_are_the_squares_of_corrections_and_projections(make_backbone, make_adapter, tmp_path) -> None:

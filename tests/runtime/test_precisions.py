@@ -1,0 +1,51 @@
+"""fp16 and int4 bundles through the engine: they load, stay near fp32, and keep the laws that fp32 keeps.
+
+The states of fp16 are as near as its rounded weights allow; int4 is another model than fp32 on random weights, so it is held to itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import deltamem_rt as dm
+
+
+def stream(count: int) -> np.ndarray:
+    return np.random.default_rng(5).integers(3, 256, count, dtype=np.int32)
+
+
+@pytest.fixture(params=["fp16", "int4"], scope="module")
+def model(request: pytest.FixtureRequest, parity_bundle) -> dm.Model:
+    return dm.Model.load(parity_bundle("qwen3_tsw_qo", request.param))
+
+
+def test_it_reads_remembers_and_answers(model: dm.Model) -> None:
+    with model.session() as told, model.session() as empty:
+        told.feed(stream(60))
+        told.end_turn()
+        with_memory, without = told.feed(stream(10), logits=True), empty.feed(stream(10), logits=True)
+        assert with_memory.dtype == told.memory.dtype == np.float32
+        assert np.isfinite(with_memory).all()
+        assert np.abs(with_memory - without).max() > 0.01
+        assert len(told.generate(max_new_tokens=5).read()) == 0
+        assert told.tokens_seen == 75
+
+
+def test_one_call_and_many_are_the_same_stream(model: dm.Model) -> None:
+    # int4 rounds activations to int8 at the CPU's default accuracy, which moves its own logits (seen: 3.1e-2).
+    tolerance = {"fp16": 1e-2, "int4": 1e-1}[model.manifest["precision"]]
+    ids = stream(400)
+    with model.session() as once, model.session() as parts:
+        whole = once.feed(ids, logits=True)
+        pieces = [parts.feed(part, logits=True) for part in np.split(ids, [1, 70, 71, 300])]
+        np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=0, atol=tolerance)
+
+
+def test_fp16_is_near_fp32(parity_bundle, ids_model: dm.Model) -> None:
+    half = dm.Model.load(parity_bundle("qwen3_tsw_qo", "fp16"))
+    with half.session() as rounded, ids_model.session() as exact:
+        found, expected = rounded.feed(stream(130), logits=True), exact.feed(stream(130), logits=True)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-2)
+        np.testing.assert_allclose(rounded.memory, exact.memory, rtol=0, atol=2e-3)
+        assert half.fingerprint != ids_model.fingerprint

@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,22 +86,21 @@ class Conversation:
     def reply(self, message: str) -> None:
         """Streams one reply. Ctrl-C stops it; what was read until then stays in the memory, as after any turn."""
         options = self.sampling
-        generation = self.session.chat(
-            message,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            seed=options.seed,
-        )
         try:
-            for piece in generation:
+            for piece in self.session.chat(
+                message,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                seed=options.seed,
+            ):
                 self.terminal.piece(printable(piece))
             self.terminal.line()
         except KeyboardInterrupt:
-            generation.close()
-            self.session.end_turn()
-            self.terminal.line(self.terminal.dim(" [stopped]"))
+            with undisturbed():
+                self.session.end_turn()
+                self.terminal.line(self.terminal.dim(" [stopped]"))
 
     def command(self, line: str) -> bool:
         """Deals with one /command; False when it was /quit."""
@@ -180,6 +181,16 @@ def run(options: argparse.Namespace) -> int:
                 if session.position:
                     session.end_turn()
                 terminal.line(terminal.bad(f"error: {explain(error)}"))
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """While it lasts, Ctrl-C does nothing: a second press must not break off what the first one began."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def load(session: Session, path: Path) -> None:

@@ -134,14 +134,7 @@ impl Generation {
                 "there is nothing to go on from: the turn is empty and so is the prompt; pass a prompt, or feed() first".into(),
             ));
         }
-        let (position, context) = (session.position(), model.context_length());
-        if prompt.len() > context - position {
-            return Err(EngineError::ContextLength {
-                tokens: prompt.len(),
-                position,
-                context,
-            });
-        }
+        session.check_room(prompt.len())?;
         if let Some(seed) = options.sampling.seed {
             session.reseed(seed);
         }

@@ -282,6 +282,22 @@ impl Session {
         Ok(())
     }
 
+    /// Checks that the turn has room for `tokens` more.
+    ///
+    /// # Errors
+    /// [`EngineError::ContextLength`] when it has not.
+    pub fn check_room(&self, tokens: usize) -> Result<()> {
+        let (position, context) = (self.position(), self.model.context_length());
+        if tokens > context.saturating_sub(position) {
+            return Err(EngineError::ContextLength {
+                tokens,
+                position,
+                context,
+            });
+        }
+        Ok(())
+    }
+
     /// Drops the turn's KV cache and counts the turn, if there was one.
     pub(crate) fn close_turn(&mut self) {
         if self.position() > 0 {
@@ -312,14 +328,7 @@ impl Session {
         interrupt: Interrupt<'_>,
     ) -> Result<()> {
         self.model.check_tokens(tokens)?;
-        let (position, context) = (self.position(), self.model.context_length());
-        if tokens.len() > context.saturating_sub(position) {
-            return Err(EngineError::ContextLength {
-                tokens: tokens.len(),
-                position,
-                context,
-            });
-        }
+        self.check_room(tokens.len())?;
         let vocab = self.model.vocab();
         if let Some(logits) = &options.logits
             && Some(logits.len()) != tokens.len().checked_mul(vocab)

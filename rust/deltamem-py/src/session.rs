@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use deltamem_engine::sampling::SamplingOptions;
 use deltamem_engine::text::Message;
-use deltamem_engine::{EngineError, FeedOptions, GenerationOptions};
+use deltamem_engine::{FeedOptions, GenerationOptions};
 use numpy::{PyArray1, PyArray2, PyArray4, PyArrayMethods};
 use parking_lot::{Mutex, MutexGuard};
-use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
@@ -129,14 +129,7 @@ impl Session {
         let mut wanted = Vec::new();
         if logits {
             // Out-of-range calls are refused before anything as large as their logits is allocated.
-            let (position, context) = (session.position(), self.model.context_length());
-            if ids.len() > context.saturating_sub(position) {
-                return Err(to_python(EngineError::ContextLength {
-                    tokens: ids.len(),
-                    position,
-                    context,
-                }));
-            }
+            session.check_room(ids.len()).map_err(to_python)?;
             wanted.try_reserve_exact(ids.len() * vocab).map_err(|_| {
                 PyMemoryError::new_err(format!("no memory for logits of shape [{}, {vocab}]", ids.len()))
             })?;
@@ -450,9 +443,6 @@ fn begin(
     prompt: Vec<i32>,
     options: GenerationOptions,
 ) -> PyResult<Generation> {
-    if options.max_new_tokens == 0 {
-        return Err(PyValueError::new_err("max_new_tokens is 0, expected at least 1"));
-    }
     let session = open.get()?;
     let inner = detached(slf.py(), |interrupt| {
         deltamem_engine::Generation::new(session, prompt, options, interrupt)

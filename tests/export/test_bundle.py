@@ -22,10 +22,11 @@ from agreement import assert_close
 from deltamem_export import bundle as bundling
 from deltamem_export import manifest as manifests
 from deltamem_export.backbone import Backbone
-from deltamem_export.builder import Precision, build
+from deltamem_export.builder import build
 from deltamem_export.bundle import export_bundle
 from deltamem_export.check import check
 from deltamem_export.errors import AdapterError, ExportError
+from deltamem_export.precision import Precision
 from grafted import Grafted
 
 QUIET = {"say": lambda _: None}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import oracle
 from agreement import assert_close
 from deltamem_export.adapter import AdapterConfig, AttentionShape
-from deltamem_export.graft import build_island
+from deltamem_export.island import build_island
 from deltamem_export.reference import DeltaMemory, scan
 
 MODES = ("standard", "lambda_outside", "no_lambda")

@@ -1,7 +1,7 @@
 """A trained δ-mem adapter on disk: its settings (`delta_mem_config.json`) and its tensors (the official
 `delta_mem_adapter.pt`, read with `weights_only`, or our `adapter.safetensors` with the same keys). It knows
 which keys there must be and their shapes; it knows
-nothing of what they compute: that is `reference.py` (PyTorch) and `graft.py` (ONNX).
+nothing of what they compute: that is `reference.py` (PyTorch) and `island.py` (ONNX).
 
 A key is `model.layers.{i}.self_attn.{name}`. With r the rank, H the state heads, R = H·r, G = R for gates per
 row and H for gates per head, `hidden` the attention's input and `out(p)` the width of projection p:

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from deltamem_export.adapter import AttentionShape
+from deltamem_export.decoder import attention_shape, attentions
 from deltamem_export.errors import ExportError, first_line
-from deltamem_export.reference import attention_shape, attentions
 
 # Families whose grafted graph was compared with the reference: architecture → model_type.
 FAMILIES = {

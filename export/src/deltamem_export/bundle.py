@@ -22,10 +22,11 @@ import torch
 from deltamem_export import manifest
 from deltamem_export.adapter import Adapter
 from deltamem_export.backbone import Backbone, digest_tensors
-from deltamem_export.builder import DATA_FILE, MODEL_FILE, Precision, build
+from deltamem_export.builder import DATA_FILE, MODEL_FILE, build
 from deltamem_export.check import check as check_graph
 from deltamem_export.errors import ExportError
 from deltamem_export.graft import graft
+from deltamem_export.precision import Precision
 from deltamem_export.text import copy_text, text_digest
 
 MEASURED_FILE = "model.measured.onnx"

@@ -25,8 +25,8 @@ import transformers
 from torch import nn
 
 from deltamem_export.backbone import Backbone
-from deltamem_export.builder import Precision
 from deltamem_export.errors import ExportError
+from deltamem_export.precision import Precision
 
 # The largest difference allowed while no logit is above LARGE; arithmetic loses digits in proportion to
 # larger ones.

@@ -104,8 +104,8 @@ def _parser(training: bool) -> argparse.ArgumentParser:
 
 
 def _bundle(args: argparse.Namespace) -> None:
-    from deltamem_export.builder import Precision
     from deltamem_export.bundle import export_bundle, set_threads
+    from deltamem_export.precision import Precision
 
     if args.threads is not None:
         set_threads(args.threads)

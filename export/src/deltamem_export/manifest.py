@@ -19,7 +19,7 @@ from deltamem_export.errors import ExportError
 if TYPE_CHECKING:  # reading a manifest takes neither transformers nor ONNX
     from deltamem_export.adapter import AdapterConfig
     from deltamem_export.backbone import Geometry, Tokens
-    from deltamem_export.graft import GraphFacts
+    from deltamem_export.structure import GraphFacts
 
 MANIFEST_FILE = "deltamem.json"
 FORMAT = "deltamem-bundle"

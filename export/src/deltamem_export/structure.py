@@ -1,0 +1,150 @@
+"""Reading an ONNX decoder: where each layer's attention, its projections and the lm_head are, found by which node feeds
+which. Names count for inputs and outputs alone. It changes nothing and knows nothing of memories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from deltamem_export.errors import ExportError
+from deltamem_export.nodes import int_attribute, name_of
+
+_FLOAT = ir.DataType.FLOAT
+PROJECTIONS = frozenset({"MatMul", "MatMulNBits"})
+# Between a projection and the attention there may be a bias, the split of a packed projection, norms of q and
+# k, and RoPE.
+_ON_THE_WAY = frozenset(
+    {"Add", "Split", "Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RotaryEmbedding", "Transpose"}
+)
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the manifest says of a grafted graph."""
+
+    kv_layers: tuple[int, ...]
+    kv_dtype: str
+    shared_kv: bool
+    position_ids: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a correction enters: the value it is added to, and the slice of it that belongs to this head (all
+    of it if None)."""
+
+    value: ir.Value
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention as found in the graph."""
+
+    node: ir.Node
+    hidden: ir.Value
+    sites: Mapping[str, Site]
+
+
+def find_attention(graph: ir.Graph, i: int) -> Attention:
+    """The attention of layer i is the node that takes past_key_values.{i}.key."""
+    past = next((v for v in graph.inputs if v.name == f"past_key_values.{i}.key"), None)
+    node = next((use.node for use in past.uses() if use.node.op_type == "GroupQueryAttention"), None) if past else None
+    if node is None:
+        raise ExportError(
+            f"the built graph has no GroupQueryAttention on past_key_values.{i}.key; it cannot be grafted"
+        )
+
+    sites: dict[str, Site] = {}
+    hidden = []
+    packed = node.inputs[1] is None
+    start = 0
+    for at, p in enumerate("qkv"):
+        value = node.inputs[0] if packed else node.inputs[at]
+        site, projection = _climb(value, i, p)
+        hidden.append(projection.inputs[0])
+        sites[p] = Site(site, start if packed else None)
+        if packed:
+            kv = int_attribute(node, "kv_num_heads")
+            q = int_attribute(node, "num_heads")
+            width = site.shape[-1] if site.shape is not None else None
+            if not isinstance(width, int):
+                raise ExportError(
+                    f"layer {i}: the packed projection {name_of(site)} has no known width; it cannot be grafted"
+                )
+            head = width // (q + 2 * kv)
+            start += head * (q if p == "q" else kv)
+    if any(value is not hidden[0] for value in hidden) or hidden[0] is None:
+        raise ExportError(f"layer {i}: q, k and v are not projected from one value; the built graph cannot be grafted")
+    sites["o"] = Site(_descend(node.outputs[0], i))
+    return Attention(node, hidden[0], sites)
+
+
+def _climb(value: ir.Value | None, i: int, p: str) -> tuple[ir.Value, ir.Node]:
+    """From an input of the attention up to its projection. The site is the projection's output: after its
+    bias, after the split of a packed one, before norms and RoPE."""
+    path: list[ir.Value] = []
+    while value is not None:
+        producer = value.producer()
+        path.append(value)
+        if producer is None:
+            break
+        if producer.op_type in PROJECTIONS:
+            return _site(path), producer
+        if producer.op_type not in _ON_THE_WAY:
+            break
+        value = producer.inputs[0]
+    raise ExportError(
+        f"layer {i}: no projection was found above the attention's {p} input; the built graph cannot be grafted"
+    )
+
+
+def _site(path: Sequence[ir.Value]) -> ir.Value:
+    """path: from the attention's input up to the projection's output. The bias and the split come first on
+    the way down."""
+    site = path[-1]
+    for value in reversed(path[:-1]):
+        producer = value.producer()
+        assert producer is not None
+        if producer.op_type == "Split" or (producer.op_type == "Add" and _is_bias(producer)):
+            site = value
+        else:
+            break
+    return site
+
+
+def _descend(value: ir.Value, i: int) -> ir.Value:
+    """From the attention's output down to o_proj's, after its bias."""
+    for _ in range(4):
+        nodes = [use.node for use in value.uses()]
+        if len(nodes) != 1:
+            break
+        node = nodes[0]
+        if node.op_type in PROJECTIONS:
+            out = node.outputs[0]
+            after = [use.node for use in out.uses()]
+            return after[0].outputs[0] if len(after) == 1 and after[0].op_type == "Add" and _is_bias(after[0]) else out
+        if node.op_type not in ("Reshape", "Transpose", "Cast"):
+            break
+        value = node.outputs[0]
+    raise ExportError(f"layer {i}: no o_proj was found below the attention; the built graph cannot be grafted")
+
+
+def _is_bias(node: ir.Node) -> bool:
+    other = node.inputs[1]
+    return other is not None and other.is_initializer() and other.shape is not None and len(other.shape) == 1
+
+
+def read_facts(model: ir.Model) -> GraphFacts:
+    inputs = {name_of(v): v for v in model.graph.inputs}
+    prefix, suffix = "past_key_values.", ".key"
+    layers = sorted(int(n[len(prefix) : -len(suffix)]) for n in inputs if n.startswith(prefix) and n.endswith(suffix))
+    dtype = inputs[f"{prefix}{layers[0]}{suffix}"].dtype
+    kv_dtype = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}.get(dtype or _FLOAT)
+    if kv_dtype is None:
+        raise ExportError(f"the built graph keeps its KV cache as {dtype}, expected float32 or float16")
+    attention = {n.op_type for n in model.graph if n.op_type in ("GroupQueryAttention", "MultiHeadAttention")}
+    return GraphFacts(tuple(layers), kv_dtype, attention == {"GroupQueryAttention"}, "position_ids" in inputs)

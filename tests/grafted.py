@@ -27,6 +27,7 @@ class Grafted:
         self.kv_layers = graph["kv_layers"]
         self.kv_shape = (batch, backbone["num_kv_heads"], 0, backbone["head_dim"])
         self.kv_dtype = np.dtype(graph["kv_dtype"])
+        self.span_width = graph["span_width"]
         self.memory_shape = (batch, len(memory["layers"]), memory["heads"], memory["rank"], memory["rank"])
         self.reset()
 
@@ -50,13 +51,20 @@ class Grafted:
         write_mask: np.ndarray | None = None,
         attention_mask: np.ndarray | None = None,
         rows: np.ndarray | None = None,
+        spans: np.ndarray | None = None,
+        span_mask: np.ndarray | None = None,
+        past_spans: np.ndarray | None = None,
     ) -> np.ndarray:
-        """ids [T] or [B, T] → logits [T, V], [B, T, V], or [N, V] of the wanted rows."""
+        """ids [T] or [B, T] → logits [T, V], [B, T, V], or [N, V] of the wanted rows.
+
+        spans: float32 [B, S, T], the weights of span bundles; without them each token writes. span_mask [B, S] is 1 if not given,
+        past_spans [B, S, L, W] is 0.
+        """
         tokens = np.atleast_2d(ids).astype(np.int32)
         batch, length = tokens.shape
         new = np.ones((batch, length), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
         self.mask = np.concatenate([self.mask, new], axis=1)
-        may = np.full((batch, length), float(write)) if write_mask is None else write_mask
+        may = np.full((batch, length), float(write and spans is None)) if write_mask is None else write_mask
         feeds = {
             "input_ids": tokens,
             "attention_mask": self.mask,
@@ -65,10 +73,20 @@ class Grafted:
             "past_memory": self.memory,
             **self.past,
         }
+        if self.span_width is not None:
+            weights = np.zeros((batch, 0, length), np.float32) if spans is None else spans.astype(np.float32)
+            count = weights.shape[1]
+            wide = (batch, count, self.memory_shape[1], self.span_width)
+            feeds |= {
+                "span_weights": weights,
+                "span_mask": np.full((batch, count), float(write), np.float32) if span_mask is None else span_mask,
+                "past_spans": np.zeros(wide, np.float32) if past_spans is None else past_spans,
+            }
         found = dict(zip(self.names, self.session.run(self.names, feeds), strict=True))
         self.memory = found["present_memory"]
         self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}
         self.energy = found.get("delta_energy")
+        self.spans = found.get("present_spans")
         logits = found["logits"]
         if rows is not None:
             return logits

@@ -51,8 +51,17 @@ def read_and_write(
     mode: str,
     normalize_qk: bool,
     couple_lambda: bool,
+    spans: Array | None = None,
 ) -> tuple[Array, Array]:
-    """A layer from its input to its reads. h [T, D], mask [T] (1: may write), state [H, r, r] → reads [T, H, r], state."""
+    """A layer from its input to its reads. h [T, D], mask [T] (1: may write), state [H, r, r] → reads [T, H, r], state. spans [T]: the id
+    of a token's span, -1 for none: all tokens read `state`, then the mean h of each span is written."""
+    settings = {"mode": mode, "normalize_qk": normalize_qk, "couple_lambda": couple_lambda}
+    if spans is not None:
+        reads, _ = read_and_write(h, tensors, state, np.zeros(len(h)), **settings)
+        for span in sorted(set(spans[(spans >= 0) & (mask != 0)].tolist())):
+            mean = h[(spans == span) & (mask != 0)].mean(axis=0, keepdims=True)
+            _, state = read_and_write(mean, tensors, state, np.ones(1), **settings)
+        return reads, state
     heads, rank = state.shape[:2]
     q, k, v = ((h @ tensors[f"memory_{p}_proj"].T).reshape(len(h), heads, rank) for p in "qkv")
     if normalize_qk:

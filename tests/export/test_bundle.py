@@ -410,14 +410,3 @@ def test_an_adapter_for_another_backbone_is_refused_before_anything_is_built(cas
     with pytest.raises(AdapterError, match="trained for another backbone"):
         export_bundle(case / "backbone", other, tmp_path / "b", **QUIET)
     assert leftovers(tmp_path) == []
-
-
-def test_writes_per_sentence_are_refused_by_name(case: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from deltamem_export.adapter import Adapter
-
-    adapter = Adapter.load(case / "adapter")
-    adapter = replace(adapter, config=replace(adapter.config, memory_write_granularity="sentence_mean"))
-    with pytest.raises(ExportError, match=r"sentence_mean.*later release"):
-        export_bundle(case / "backbone", adapter, tmp_path / "b", **QUIET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import deltamem_rt as dm
 from agreement import assert_close
 from deltamem_export.adapter import Adapter
 from deltamem_export.bundle import export_bundle
-from deltamem_export.reference import attach
+from deltamem_export.reference import attach, span_weights
 from grafted import Grafted
 
 LOGITS, STATES = 1e-4, 1e-5
@@ -106,6 +107,76 @@ def test_a_bundle_computes_what_the_reference_computes(variant, make_backbone, m
             logits = session.feed(ids[row, 18:], write=False, logits=True)
             assert_close("the engine's logits", logits, out.logits[row].numpy(), LOGITS)
             assert_close("the engine's states", session.memory, wanted, STATES * max(1.0, float(np.abs(wanted).max())))
+
+
+SPAN_RULES = {
+    "messages": ("qwen3", {"memory_write_granularity": "message_mean"}),
+    "sentences, three heads": ("llama", {"num_state_heads": 3}),
+    "sentences, two heads, a gate per head": ("smollm3", {"num_state_heads": 2, "rankwise_gates": False}),
+    "sentences, own lambda, every head": ("llama", {"couple_lambda": False, "delta_heads": EVERY}),
+    "sentences, lambda outside, one layer": ("qwen3", {"state_update_mode": "lambda_outside", "target_layers": (1,)}),
+    "sentences, no lambda": ("qwen3", {"state_update_mode": "no_lambda"}),
+}
+
+
+@pytest.mark.parametrize("rule", SPAN_RULES)
+def test_a_span_bundle_computes_what_the_reference_computes(rule, make_backbone, make_adapter, tmp_path) -> None:
+    """A padded batch in one call; then one sequence alone: in chunks that cut its spans, a decoded token, token writes on purpose, and
+    a turn with writes off."""
+    family, settings = SPAN_RULES[rule]
+    backbone = make_backbone(family)
+    adapter = make_adapter(backbone, **{"memory_write_granularity": "sentence_mean", **settings})
+    bundle = export_bundle(backbone, adapter, tmp_path / "bundle", check=False, **QUIET)
+    model = AutoModelForCausalLM.from_pretrained(backbone).eval()
+    handle = attach(model, adapter)
+    handle.reset(2)
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(3, 64, (2, 40)))
+    real = np.ones((2, 40), np.int64)
+    real[1, 33:] = 0
+    spans = torch.from_numpy(np.where(real, np.arange(40) // 6, -1))
+    spans[:, :3] = spans[0, 20] = -1
+    weights = span_weights(spans).numpy()
+
+    def reference(ids: torch.Tensor, spans: torch.Tensor | str | None, write: bool = True) -> np.ndarray:
+        handle.spans, handle.writes = spans, write
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits.numpy()
+
+    def agrees(what: str, grafted: Grafted, logits: np.ndarray, wanted: np.ndarray) -> None:
+        assert_close(f"{what}: logits", logits, wanted, LOGITS)
+        want = handle.state.numpy()
+        assert_close(f"{what}: states", grafted.memory, want, STATES * max(1.0, float(np.abs(want).max())))
+
+    both = Grafted(bundle, batch=2)
+    wanted = reference(ids, spans)
+    mask = weights.any(axis=-1).astype(np.float32)
+    logits = both.feed(ids.numpy(), spans=weights, span_mask=mask, attention_mask=real)
+    agrees("a batch", both, logits[real == 1], wanted[real == 1])  # what the padding itself says is nobody's
+
+    one = Grafted(bundle, measured=True)
+    one.memory = before = both.memory[:1]
+    handle.state = handle.state[:1]
+    found, gathered = [], None
+    for start, end in pairwise((0, 9, 10, 27, 40)):
+        complete = np.full((1, weights.shape[1]), float(end == 40), np.float32)
+        part = slice(start, end)
+        found.append(
+            one.feed(ids[:1, part].numpy(), spans=weights[:1, :, part], span_mask=complete, past_spans=gathered)
+        )
+        gathered = one.spans
+        assert end == 40 or np.array_equal(one.memory, before), "a span was written before it was complete"
+    agrees("chunks", one, np.concatenate(found, axis=1), reference(ids[:1], spans[:1]))
+    one.end_turn()
+
+    agrees("a token", one, one.feed(ids[:1, 7:8].numpy()), reference(ids[:1, 7:8], torch.zeros(1, 1, dtype=torch.long)))
+    one.end_turn()
+    agrees("token writes", one, one.feed(ids[:1, :12].numpy()), reference(ids[:1, :12], "token"))
+    one.end_turn()
+    before = one.memory
+    agrees("writes off", one, one.feed(ids[:1, 5:20].numpy(), write=False), reference(ids[:1, 5:20], None, write=False))
+    assert np.array_equal(one.memory, before)
+    assert one.energy[..., 0].max() > 1e-3, "no correction did anything, so nothing was compared"
 
 
 def test_energies_are_the_squares_of_corrections_and_projections(make_backbone, make_adapter, tmp_path) -> None:

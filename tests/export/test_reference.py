@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from deltamem_export.adapter import Adapter, AdapterConfig
-from deltamem_export.errors import AdapterError, ExportError
+from deltamem_export.errors import AdapterError
 from deltamem_export.reference import MemoryHandle, attach, scan
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -129,10 +129,35 @@ def test_a_packed_projection_is_corrected_by_slices() -> None:
     assert bool((moved[32:] > 0).all())  # k and v
 
 
-def test_writes_per_message_are_refused_by_name(model) -> None:
+def test_writes_per_message_want_spans_or_token_writes_on_purpose(model) -> None:
     config = replace(AdapterConfig(rank=4, alpha=4.0), memory_write_granularity="message_mean")
-    with pytest.raises(ExportError, match=r"message_mean.*later release"):
-        attach(model, config)
+    handle = attach(model, config)
+    ids = torch.arange(3, 9)[None]
+    with pytest.raises(ValueError, match=r"message_mean.*\"token\""):
+        model(ids)
+    handle.spans = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"spans has shape \[1, 4\], expected \[1, 6\]"):
+        model(ids)
+    handle.spans = "token"
+    model(ids)
+    assert handle.state is not None
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_spans_of_one_token_a_call_are_token_writes(make_backbone, make_adapter, heads: int) -> None:
+    backbone = make_backbone("qwen3")
+    adapter = make_adapter(backbone, memory_write_granularity="sentence_mean", num_state_heads=heads)
+    model = AutoModelForCausalLM.from_pretrained(backbone).eval()
+    handle = attach(model, adapter)
+    states = []
+    for spans in ("token", torch.zeros(1, 1, dtype=torch.long)):
+        handle.reset()
+        handle.spans = spans
+        with torch.no_grad():
+            for token in range(3, 9):
+                model(torch.tensor([[token]]))
+        states.append(handle.state)
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
 
 
 def test_an_adapter_of_another_backbone_is_refused(model, parity_data: Path) -> None:

@@ -3,6 +3,7 @@ shapes, ranks, heads, modes, gates and masks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ import oracle
 from agreement import assert_close
 from deltamem_export.adapter import AdapterConfig, AttentionShape
 from deltamem_export.island import build_island
-from deltamem_export.reference import DeltaMemory, scan
+from deltamem_export.reference import DeltaMemory, scan, span_weights
 
 MODES = ("standard", "lambda_outside", "no_lambda")
 TOLERANCE = 2e-5
@@ -33,6 +34,13 @@ class Case:
     hidden: np.ndarray  # [B, T, D]
     mask: np.ndarray  # [B, T]
     state: np.ndarray  # [B, H, r, r]
+    spans: np.ndarray | None = None  # [B, T], where writes are of spans
+
+    def weights(self) -> np.ndarray:
+        """[B, S, T], what takes the mean over each span; S is 0 where each token writes."""
+        if self.spans is None:
+            return np.zeros((len(self.mask), 0, self.mask.shape[1]), np.float32)
+        return span_weights(torch.from_numpy(np.where(self.mask, self.spans, -1))).numpy()
 
 
 @st.composite
@@ -48,6 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
         state_update_mode=draw(st.sampled_from(MODES)),
         rankwise_gates=draw(st.booleans()),
         delta_heads=("q",),
+        memory_write_granularity=draw(st.sampled_from(["token", "token", "sentence_mean"])),
     )
     batch, length, hidden = draw(st.integers(1, 3)), draw(st.integers(1, 24)), 12
     spread = draw(st.sampled_from([0.5, 4.0, 40.0]))  # of the gates' logits: β from the middle to both ends
@@ -69,7 +78,12 @@ def cases(draw: st.DrawFn) -> Case:
         tensors[f"{name}_bias"] = normal(gates)
     tensors["delta_q_proj"] = normal(hidden, heads * rank)
     mask = rng.random((batch, length)) < draw(st.sampled_from([0.0, 0.6, 1.0]))
-    return Case(config, tensors, normal(batch, length, hidden), mask, normal(batch, heads, rank, rank))
+    case = Case(config, tensors, normal(batch, length, hidden), mask, normal(batch, heads, rank, rank))
+    if config.writes_spans:
+        # Ascending ids with gaps, some tokens in no span, and spans that such tokens interrupt.
+        spans = np.cumsum(rng.random((batch, length)) < draw(st.sampled_from([0.1, 0.5, 1.0])), axis=1) * 3
+        case.spans = np.where(rng.random((batch, length)) < 0.2, -1, spans)
+    return case
 
 
 def by_oracle(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +98,7 @@ def by_oracle(case: Case) -> tuple[np.ndarray, np.ndarray]:
             mode=c.state_update_mode,
             normalize_qk=c.normalize_qk,
             couple_lambda=c.couple_lambda,
+            spans=None if case.spans is None else case.spans[b],
         )
         for b in range(len(case.hidden))
     ]
@@ -94,22 +109,45 @@ def by_oracle(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def by_reference(case: Case) -> tuple[np.ndarray, np.ndarray]:
     shape = AttentionShape(case.hidden.shape[-1], case.hidden.shape[-1], 0, 0, 0)
     layer = DeltaMemory(case.config, shape, {name: torch.from_numpy(t) for name, t in case.tensors.items()})
-    p = layer.propose(torch.from_numpy(case.hidden))
-    may = torch.from_numpy(case.mask)[:, :, None, None]
-    gates = torch.where(may, p.keep, 1), torch.where(may, p.erase, 0), torch.where(may, p.write, 0)
-    reads, state = scan(p.q, p.k, p.v, *gates, torch.from_numpy(case.state))
-    return reads.numpy(), state.numpy()
+    hidden, state, may = (torch.from_numpy(x) for x in (case.hidden, case.state, case.mask))
+    spans = None if case.spans is None else torch.from_numpy(case.spans)
+    _, reads, after = layer.read_and_write(hidden, state, may, spans)
+    return reads.numpy(), after.numpy()
 
 
-def by_island(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def island(case: Case) -> Callable[..., tuple[np.ndarray, ...]]:
+    """The case's layer as a graph: a function of a slice of its tokens, the state, the spans' weights for that slice and what earlier
+    slices gathered, and whether it is the last slice → reads, state, gathered."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     model = build_island(case.config, case.tensors)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = {"hidden": case.hidden, "write_mask": case.mask.astype(np.float32), "past_memory": case.state[:, None]}
-    reads, state = session.run(["reads", "present_memory"], feeds)
-    return reads.reshape(*case.hidden.shape[:2], *case.state.shape[1:3]), state[:, 0]
+
+    def run(
+        part: slice, state: np.ndarray, weights: np.ndarray, gathered: np.ndarray, last: bool
+    ) -> tuple[np.ndarray, ...]:
+        writes = case.mask[:, part] if case.spans is None else np.zeros_like(case.mask[:, part])
+        feeds = {
+            "hidden": case.hidden[:, part],
+            "write_mask": writes.astype(np.float32),
+            "past_memory": state[:, None],
+        }
+        if case.spans is not None:
+            complete = case.weights().any(axis=-1) & last
+            feeds |= {"span_weights": weights, "span_mask": complete.astype(np.float32), "past_spans": gathered}
+        found = dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
+        reads = found["reads"].reshape(*feeds["hidden"].shape[:2], *case.state.shape[1:3])
+        return reads, found["present_memory"][:, 0], found.get("present_spans", gathered)
+
+    return run
+
+
+def by_island(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    weights = case.weights()
+    gathered = np.zeros((*weights.shape[:2], 1, case.config.proposal_width), np.float32)
+    reads, state, _ = island(case)(slice(None), case.state, weights, gathered, True)
+    return reads, state
 
 
 @quick
@@ -126,13 +164,16 @@ def test_every_telling_of_the_rule_is_the_oracles(telling, case: Case) -> None:
 @quick
 @given(case=cases(), cut=st.integers(0, 24))
 def test_the_island_gives_the_same_for_any_split(case: Case, cut: int) -> None:
+    """Of tokens: two calls. Of spans: the first chunk gathers what the second one writes, so a span that is cut is one write."""
     cut = min(cut, case.hidden.shape[1] - 1)
     whole_reads, whole_state = by_island(case)
     parts = []
-    state = case.state
-    for part in (slice(0, cut), slice(cut, None)):
+    run = island(case)
+    state, weights = case.state, case.weights()
+    gathered = np.zeros((*weights.shape[:2], 1, case.config.proposal_width), np.float32)
+    for part, last in ((slice(0, cut), False), (slice(cut, None), True)):
         if case.hidden[:, part].shape[1]:
-            reads, state = by_island(Case(case.config, case.tensors, case.hidden[:, part], case.mask[:, part], state))
+            reads, state, gathered = run(part, state, weights[..., part], gathered, last)
             parts.append(reads)
     size = max(1.0, float(np.abs(whole_state).max()), float(np.abs(whole_reads).max()))
     assert_close("reads", np.concatenate(parts, axis=1), whole_reads, TOLERANCE * size)

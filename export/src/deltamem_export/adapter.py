@@ -197,6 +197,17 @@ class AdapterConfig:
         return self.num_state_heads * self.gates_per_head
 
     @property
+    def writes_spans(self) -> bool:
+        """Whether a write covers a span of tokens (a message, a sentence) and not each token."""
+        return self.memory_write_granularity != "token"
+
+    @property
+    def proposal_width(self) -> int:
+        """W: what the edit and gate networks make of one hidden vector, q, k, v and the gates' logits."""
+        own_lambda = not self.couple_lambda and self.state_update_mode != "no_lambda"
+        return 3 * self.read_width + self.gate_width * (2 if own_lambda else 1)
+
+    @property
     def scaling(self) -> float:
         """alpha / r, the fixed factor on every correction."""
         return self.alpha / self.rank

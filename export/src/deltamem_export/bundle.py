@@ -74,12 +74,6 @@ def export_bundle(
     say(f"reading {backbone}")
     body = Backbone.load(backbone)
     memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    if memory.config.memory_write_granularity != "token":
-        raise ExportError(
-            f"setting memory_write_granularity is {memory.config.memory_write_granularity!r}; this exporter "
-            "writes bundles with 'token' "
-            "writes, the others come with a later release"
-        )
     layers = memory.check_backbone(body.shapes)
 
     with _workshop(target) as (work, bundle):

@@ -5,7 +5,7 @@ the projections that `structure.py` found. It knows nothing of PyTorch modules, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from deltamem_export.adapter import DELTA_HEADS, Adapter, AdapterConfig
 from deltamem_export.errors import ExportError
-from deltamem_export.island import end_island, start_island
+from deltamem_export.island import Island
 from deltamem_export.nodes import Nodes, add_input, name_of
 from deltamem_export.structure import PROJECTIONS, GraphFacts, Site, find_attention, read_facts
 
@@ -56,6 +56,8 @@ def graft(
             value.shape = ir.Shape([*value.shape[:3], head_dim])
     ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=1024)
     facts = read_facts(model)
+    if adapter.config.writes_spans:
+        facts = replace(facts, span_width=adapter.config.proposal_width)
     if measured is not None:
         # Read back, so that every weight is a reference into the file that has just been written.
         again = ir.load(target)
@@ -72,10 +74,9 @@ def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int]) -> list[dic
 
     _input_ids_to_int32(graph)
     _gather_rows_before_lm_head(graph)
-    island, states = start_island(graph, config, len(layers))
-    after = []
+    island = Island(graph, config, len(layers))
     placed = []
-    for state, i in zip(states, layers, strict=True):
+    for at, i in enumerate(layers):
         nodes = Nodes(graph, f"/deltamem/layers.{i}")
         attention = found[i]
         hidden = attention.hidden
@@ -83,11 +84,10 @@ def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int]) -> list[dic
         if io_dtype != _FLOAT:
             hidden = nodes("Cast", hidden, name="hidden", to=_FLOAT.value)
         tensors = {name: t.numpy() for name, t in adapter.layers[i].items()}
-        reads, state = island.read_and_write(nodes, hidden, state, tensors)
-        after.append(state)
+        reads = island.read_and_write(nodes, at, hidden, tensors)
         placed.append(_correct(nodes, config, tensors, reads, attention.sites, io_dtype))
 
-    end_island(graph, island, after)
+    island.end()
     return placed
 
 
@@ -128,11 +128,7 @@ def _correct(
         widths.append(block.shape[0])
 
     product = nodes("MatMul", reads, nodes.floats(np.concatenate(columns).T, "corrections"), name="corrections/MatMul")
-    parts = (
-        [product]
-        if len(widths) == 1
-        else nodes.many("Split", product, nodes.ints(widths), outputs=len(widths), name="corrections/Split", axis=-1)
-    )
+    parts = nodes.split(product, widths, name="corrections/Split")
     placed = {}
     for part, group in zip(parts, groups.values(), strict=True):
         if group == ["o"] and config.delta_o_rmsnorm:

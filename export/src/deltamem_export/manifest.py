@@ -39,7 +39,7 @@ def memory_section(config: AdapterConfig, layers: tuple[int, ...]) -> dict[str, 
         "gates": "row" if config.rankwise_gates else "head",
         "normalize_qk": config.normalize_qk,
         "delta_heads": list(config.delta_heads),
-        "write_granularity": config.memory_write_granularity,
+        "write_granularity": config.memory_write_granularity.removesuffix("_mean"),
     }
 
 

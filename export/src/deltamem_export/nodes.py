@@ -29,6 +29,16 @@ class Nodes:
         self.graph.append(node)
         return made
 
+    def split(self, value: ir.Value, widths: Sequence[int], *, name: str, axis: int = -1) -> list[ir.Value]:
+        """The parts of the given widths along `axis`; the value itself where there is one part."""
+        if len(widths) == 1:
+            return [value]
+        return self.many("Split", value, self.ints(widths), outputs=len(widths), name=name, axis=axis)
+
+    def concat(self, values: Sequence[ir.Value], *, name: str, axis: int = -1) -> ir.Value:
+        """The values side by side along `axis`; the value itself where there is one."""
+        return values[0] if len(values) == 1 else self("Concat", *values, name=name, axis=axis)
+
     def ints(self, numbers: Sequence[int]) -> ir.Value:
         """A shared int64 constant, one for each distinct list."""
         return self._shared(np.array(numbers, np.int64), "i_" + "_".join(map(str, numbers)))

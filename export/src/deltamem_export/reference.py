@@ -14,6 +14,9 @@ Shapes: B sequences, T tokens, L layers with a memory, H state heads, r the rank
     lambda_outside  keep λ, erase λβ, write β
     no_lambda       keep 1, erase β, write β
     Δp = (alpha/r) · scale · W_Δp read                          for p of q, k, v, o
+
+Where writes are means over spans (messages, sentences), q and the reads are of the tokens, k, v and the gates of the
+mean h of each span.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,6 @@ from torch.nn import functional as F
 
 from deltamem_export.adapter import DELTA_HEADS, Adapter, AdapterConfig, AttentionShape, expected_shapes
 from deltamem_export.decoder import attention_shape, attentions
-from deltamem_export.errors import ExportError
 
 L2_EPSILON = 1e-6
 
@@ -123,6 +125,33 @@ class DeltaMemory(nn.Module):
         erase = keep * beta if c.state_update_mode == "lambda_outside" else beta
         return Proposal(q, k, v, keep, erase, beta, beta_logit)
 
+    def read_and_write(
+        self, h: Tensor, state: Tensor, may: Tensor, spans: Tensor | None = None, scan: Scan = scan
+    ) -> tuple[Proposal, Tensor, Tensor]:
+        """The networks and the memory.
+
+        Args:
+            h: the attention's input, [B, T, D].
+            state: S before the call, [B, H, r, r].
+            may: which tokens may write, bool [B, T].
+            spans: None: each token reads, then writes. int64 [B, T], the id of the span that a token belongs to, -1 for
+                none: every token reads `state`, then the mean h of each span is written, in the order of the ids.
+            scan: the recurrence.
+
+        Returns:
+            the Proposal that was written (of T tokens, or of S spans), the reads [B, T, H, r], the state after.
+        """
+        if spans is None:
+            p = self.propose(h)
+            return p, *scan(p.q, p.k, p.v, *_masked(p, may), state)
+        if spans.shape != h.shape[:2]:
+            raise ValueError(f"spans has shape {list(spans.shape)}, expected {list(h.shape[:2])}")
+        reads = torch.einsum("bhij,bthj->bthi", state, self.propose(h).q)  # (B, T, H, r)
+        weights = span_weights(torch.where(may, spans, -1))  # (B, S, T)
+        p = self.propose(weights @ h)
+        _, after = scan(p.q, p.k, p.v, *_masked(p, weights.any(dim=-1)), state)
+        return p, reads, after
+
     def corrections(self, reads: Tensor) -> dict[str, Tensor]:
         """Δ of each delta head from the reads [B, T, H, r]: head → [B, T, width of its projection]."""
         c = self.config
@@ -150,8 +179,11 @@ class MemoryHandle(nn.Module):
         state: [B, L, H, r, r], float32; None until `reset` or the first call, which starts from zero.
             Assigning sets it. It carries gradients from call to call; `state = state.detach()` cuts them.
         writes: False: the memory reads only.
-        write_mask: [B, T] or None; 1: the token may write, 0: it only reads.
-        record: True: `recorded` keeps each layer's Proposal of the last call.
+        write_mask: [B, T] or None; 1: the token may write, 0: it only reads (padding).
+        spans: what the next calls write, for an adapter whose writes are means over spans: int64 [B, T], the id of the
+            span that a token belongs to, -1 for none. The spans of a call are written in the order of their ids, and all
+            its tokens read the state from before the call. "token": each token writes, as without spans.
+        record: True: `recorded` keeps each layer's Proposal of the last call, of its tokens or of its spans.
         scan: the recurrence in use.
     """
 
@@ -163,6 +195,7 @@ class MemoryHandle(nn.Module):
         self.scan: Scan = scan
         self.writes = True
         self.write_mask: Tensor | None = None
+        self.spans: Tensor | Literal["token"] | None = None
         self.record = False
         self.recorded: dict[int, Proposal] = {}
         self._states: list[Tensor] | None = None
@@ -252,23 +285,43 @@ class MemoryHandle(nn.Module):
                 f"the state is of {state.shape[0]} sequences, the call of {h.shape[0]}; reset({h.shape[0]}) first"
             )
         layer: DeltaMemory = self.layers[str(i)]  # type: ignore[assignment]
-        proposal = layer.propose(h.to(state.dtype))
+        may = self._may_write(h)  # (B, T)
+        if self.config.writes_spans and self.spans is None and bool(may.any()):
+            raise ValueError(
+                f"writes are {self.config.memory_write_granularity} here, and no spans are given: set `spans` to ids "
+                '[B, T], or to "token" to write each token on purpose'
+            )
+        spans = self.spans if isinstance(self.spans, Tensor) else None
+        proposal, reads, self._states[at] = layer.read_and_write(h.to(state.dtype), state, may, spans, self.scan)
         if self.record:
             self.recorded[i] = proposal
-        keep, erase, write = proposal.keep, proposal.erase, proposal.write  # (B, T, H, G)
-        if not self.writes:
-            keep, erase, write = torch.ones_like(keep), torch.zeros_like(erase), torch.zeros_like(write)
-        elif self.write_mask is not None:
+        return layer.corrections(reads)
+
+    def _may_write(self, h: Tensor) -> Tensor:
+        """[B, T]: which tokens of this call may write."""
+        may = torch.full(h.shape[:2], self.writes, device=h.device)
+        if self.write_mask is not None:
             if self.write_mask.shape != h.shape[:2]:
                 raise ValueError(f"write_mask has shape {list(self.write_mask.shape)}, expected {list(h.shape[:2])}")
-            may = (self.write_mask != 0)[:, :, None, None]  # (B, T, 1, 1)
-            keep, erase, write = (
-                torch.where(may, keep, 1),
-                torch.where(may, erase, 0),
-                torch.where(may, write, 0),
-            )
-        reads, self._states[at] = self.scan(proposal.q, proposal.k, proposal.v, keep, erase, write, state)
-        return layer.corrections(reads)
+            may &= self.write_mask != 0
+        return may
+
+
+def span_weights(spans: Tensor) -> Tensor:
+    """What takes the mean over each span: [B, S, T] float32, 1/length of span s for its tokens and 0 for others.
+
+    Args:
+        spans: int64 [B, T], the id of the span that a token belongs to, -1 for none.
+
+    Returns:
+        The spans of a row in the order of their ids; S is the largest number of spans in a row, and rows of zeros stand
+        behind those of a row with fewer.
+    """
+    rows = [torch.unique(row[row >= 0]) for row in spans]  # ids, ascending
+    weights = torch.zeros(len(rows), max(map(len, rows)), spans.shape[1], device=spans.device)  # (B, S, T)
+    for row, ids, own in zip(spans, rows, weights, strict=True):
+        own[: len(ids)] = (row == ids[:, None]).float()
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 def attach(model: nn.Module, adapter: Adapter | AdapterConfig, scan: Scan = scan) -> MemoryHandle:
@@ -287,14 +340,9 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, scan: Scan = scan
 
     Raises:
         AdapterError: the adapter does not fit this decoder.
-        ExportError: the decoder has no attention that can be hooked, or the write granularity is not `token`.
+        ExportError: the decoder has no attention that can be hooked.
     """
     config = adapter.config if isinstance(adapter, Adapter) else adapter
-    if config.memory_write_granularity != "token":
-        raise ExportError(
-            f"setting memory_write_granularity is {config.memory_write_granularity!r}; only 'token' is "
-            "implemented, the others come with a later release"
-        )
     shapes = [attention_shape(attention) for attention in attentions(model)]
     if isinstance(adapter, Adapter):
         wanted = adapter.check_backbone(shapes)
@@ -303,6 +351,12 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, scan: Scan = scan
         layers = {i: DeltaMemory(config, shapes[i]) for i in config.memory_layers(len(shapes))}
     handle = MemoryHandle(model, config, layers, scan)
     return handle.to(next(model.parameters()).device)
+
+
+def _masked(p: Proposal, may: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """keep, erase and write; where `may` [B, T] is false all is kept and nothing is written."""
+    may = may[:, :, None, None]
+    return torch.where(may, p.keep, 1), torch.where(may, p.erase, 0), torch.where(may, p.write, 0)
 
 
 def _l2(x: Tensor) -> Tensor:

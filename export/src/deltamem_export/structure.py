@@ -29,6 +29,7 @@ class GraphFacts:
     kv_dtype: str
     shared_kv: bool
     position_ids: bool
+    span_width: int | None = None  # W, where writes are of spans
 
 
 @dataclass(frozen=True)

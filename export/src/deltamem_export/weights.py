@@ -1,0 +1,214 @@
+"""What the weights of a built graph stand for, and that put into the PyTorch model, so that a comparison of the two
+covers arithmetic alone and a mistake in the graph cannot hide behind the rounding of weights. fp32: the files' own;
+fp16 and bf16: the files' rounded to 16 bits; int8 and int4: what the graph's blocks stand for, zero points, padded
+blocks and quantised embeddings included. It knows nothing of tolerances.
+
+Which parameter a quantised weight was made of is written on its node by `streaming.py` (`SOURCE`), from the memory
+that the builder read; a graph without these notes is read by the names of its nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from deltamem_export.errors import ExportError
+from deltamem_export.precision import Precision
+
+# On a node with a quantised weight, as JSON: [[name of a parameter, first row, row behind the last], ...], whose
+# rows under each other are the weight.
+SOURCE = "deltamem.source"
+QUANTISED_OPS = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+
+Float32 = npt.NDArray[np.float32]
+_SIXTEEN = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def weights_of(graph: Path, model: nn.Module, precision: Precision) -> Iterator[None]:
+    """While it lasts, the float32 model computes with what the graph's weights stand for.
+
+    Raises:
+        ExportError: a quantised weight of the graph belongs to no parameter of the model, or does not fit it.
+    """
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+        kept.append((module, name, module.get_parameter(name)))
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+    try:
+        if precision.name in _SIXTEEN:
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    put(module, name, parameter.to(_SIXTEEN[precision.name]).float())
+        elif precision.quantised:
+            for node, source, weight in stands_for(graph):
+                rows = _rows(model, node, source)
+                if sum(end - start for _, _, start, end in rows) != len(weight):
+                    raise ExportError(f"{node}: the weight has {len(weight)} rows, which its parameters do not have")
+                for (module, name, start, end), part in zip(
+                    rows, weight.split([end - start for _, _, start, end in rows]), strict=True
+                ):
+                    parameter = module.get_parameter(name)
+                    if tuple(parameter.shape[1:]) != tuple(part.shape[1:]):
+                        raise ExportError(
+                            f"{node}: the weight is {list(part.shape)}, the parameter {name} {list(parameter.shape)}"
+                        )
+                    if (start, end) != (0, len(parameter)):  # one of several in a packed parameter
+                        whole = parameter.detach().clone()
+                        whole[start:end] = part
+                        part = whole
+                    put(module, name, part)
+        yield
+    finally:
+        for module, name, parameter in reversed(kept):
+            setattr(module, name, parameter)
+
+
+def stands_for(graph: Path) -> Iterator[tuple[str, str | None, torch.Tensor]]:
+    """For each quantised weight of a graph, one at a time: its node's name, the note `SOURCE` if there is one, and what
+    the blocks stand for, float32: [out, in] of a product, [vocab, hidden] of embeddings.
+
+    Raises:
+        ExportError: blocks of a form that is not known.
+    """
+    for node in ir.load(graph).graph:
+        if node.op_type in QUANTISED_OPS:
+            values = _product(node) if node.op_type == "MatMulNBits" else _embeddings(node)
+            yield str(node.name), node.metadata_props.get(SOURCE), torch.from_numpy(values)
+
+
+def with_float_activations(graph: Path) -> Path:
+    """The same graph at accuracy level 1, beside it, on the same weights' file: at level 4 the rounding of activations
+    to int8 would hide as much as the rounding of weights."""
+    model = ir.load(graph)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    path = graph.with_name("check.onnx")
+    ir.save(model, path)
+    return path
+
+
+def in_float32(graph: Path) -> Path:
+    """The same graph beside it with bfloat16 widened to float32 everywhere, for processors without bfloat16: the same
+    structure on the same (rounded) weights, in other arithmetic. Its weights take a file of their own."""
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    model = ir.load(graph)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == narrow:
+            value.const_value = ir.LazyTensor(
+                lambda tensor=tensor, name=value.name: ir.tensor(tensor.numpy().astype(np.float32), name=name),
+                dtype=wide,
+                shape=tensor.shape,
+                name=value.name,
+            )
+            value.type = ir.TensorType(wide)
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.dtype == narrow:
+            value.type = ir.TensorType(wide)
+    for node in model.graph:
+        for name, attribute in list(node.attributes.items()):
+            if name == "to" and attribute.as_int() == narrow.value:
+                node.attributes[name] = ir.AttrInt64(name, wide.value)
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == narrow:
+                node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.as_tensor().numpy().astype(np.float32)))
+    path = graph.with_name("check.onnx")
+    ir.save(model, path, external_data="check.onnx.data", size_threshold_bytes=1024)
+    return path
+
+
+# ---------------------------------------------------------------------- blocks
+
+
+def _product(node: ir.Node) -> Float32:
+    """MatMulNBits: blocks along K of every output, the last one padded. [N, K]"""
+    bits, k, n, block = (node.attributes[a].as_int() for a in ("bits", "K", "N", "block_size"))
+    if bits not in (4, 8) or node.attributes.get("weight_prepacked") is not None:
+        raise ExportError(f"{node.name}: {bits} bits in a layout that is not checked; expected plain blocks of 4 or 8")
+    blocks = -(-k // block)
+    levels = _levels(_array(node, 1), bits, n * blocks, block).reshape(n, blocks, block)
+    scales = _array(node, 2).astype(np.float32).reshape(n, blocks, 1)
+    zero: Any = np.float32(1 << (bits - 1))
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        points = _array(node, 3)
+        if np.issubdtype(points.dtype, np.floating) or points.dtype == ml_dtypes.bfloat16:
+            zero = points.astype(np.float32).reshape(n, blocks, 1)
+        else:  # packed: a row of an odd number of blocks ends in half a byte of padding
+            per_row = points.size // n * 8 // bits
+            zero = _levels(points, bits, n, per_row)[:, :blocks].reshape(n, blocks, 1)
+    return np.ascontiguousarray(((levels - zero) * scales).reshape(n, -1)[:, :k])
+
+
+def _embeddings(node: ir.Node) -> Float32:
+    """GatherBlockQuantized with blocks along the last axis of a [vocab, hidden] table."""
+    axis, block = (node.attributes[a].as_int() for a in ("quantize_axis", "block_size"))
+    data = node.inputs[0]
+    if axis not in (1, -1) or data is None or data.const_value is None:
+        raise ExportError(f"{node.name}: quantised along axis {axis} of a computed table, which is not checked")
+    kind = data.const_value.dtype
+    if kind not in (ir.DataType.INT4, ir.DataType.UINT4):
+        raise ExportError(f"{node.name}: embeddings of type {kind}, expected INT4 or UINT4")
+    levels = _array(node, 0).astype(np.float32)  # [vocab, hidden]
+    hidden = levels.shape[1]
+    scales = _array(node, 2).astype(np.float32)  # [vocab, blocks]
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        zeros = _array(node, 3).astype(np.float32)
+    else:
+        zeros = np.full_like(scales, 8.0 if kind == ir.DataType.UINT4 else 0.0)
+    return np.ascontiguousarray(
+        (levels - zeros.repeat(block, axis=1)[:, :hidden]) * scales.repeat(block, axis=1)[:, :hidden]
+    )
+
+
+def _levels(packed: npt.NDArray[Any], bits: int, rows: int, width: int) -> Float32:
+    """[rows, width] unsigned levels; of two in a byte the first is the lower half."""
+    flat = packed.reshape(rows, -1).view(np.uint8)
+    if bits == 4:
+        flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(rows, -1)
+    return flat[:, :width].astype(np.float32)
+
+
+def _array(node: ir.Node, at: int) -> npt.NDArray[Any]:
+    value = node.inputs[at]
+    if value is None or value.const_value is None:
+        raise ExportError(f"{node.name}: input {at} of a quantised product is no constant")
+    return value.const_value.numpy()
+
+
+# ---------------------------------------------------------------------- whose weights they are
+
+
+def _rows(model: nn.Module, node: str, source: str | None) -> list[tuple[nn.Module, str, int, int]]:
+    """The parameters, and which rows of each, that a node's weight is made of, in order."""
+    if source is not None:
+        found = []
+        for name, start, end in json.loads(source):
+            path, _, own = str(name).rpartition(".")
+            found.append((model.get_submodule(path), own, int(start), int(end)))
+        return found
+    return [(module, "weight", 0, len(module.get_parameter("weight"))) for module in _by_name(model, node)]
+
+
+def _by_name(model: nn.Module, node: str) -> list[nn.Module]:
+    """/model/layers.0/attn/qkv_proj/MatMul_Q4 → q_proj, k_proj and v_proj of that layer."""
+    path = node.strip("/").rsplit("/", 1)[0].replace("/", ".").replace(".attn.", ".self_attn.")
+    try:
+        if path.endswith(".qkv_proj"):
+            return [model.get_submodule(path.replace("qkv_proj", f"{p}_proj")) for p in "qkv"]
+        return [model.get_submodule(path)]
+    except AttributeError:
+        raise ExportError(f"the built graph has {node}, for which {type(model).__name__} has no module") from None

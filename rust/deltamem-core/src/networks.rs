@@ -2,6 +2,8 @@
 //! plain matrices, for tests and for those who want to know what a bundle computes; production runs its twin, the graph that the
 //! exporter grafts. It knows nothing of the backbone around it. The other twin is `deltamem_export.reference`.
 
+use std::cmp::Ordering;
+
 use crate::gates::{Gate, l2_normalize};
 use crate::rule::{self, Gates, RuleError, Tokens, UpdateMode};
 
@@ -68,6 +70,16 @@ pub struct EditGate {
     pub gates: Gates,
 }
 
+/// What the tokens of a call write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writes<'a> {
+    /// Each token reads the state and then writes it, where this mask [T] says so; the others only read.
+    Tokens(&'a [bool]),
+    /// All tokens read the state from before the call. Then the mean hidden vector of each span is proposed and written, in ascending
+    /// id. [T]: the id of the span that a token belongs to, never falling among those from 0 on; below 0: the token is not written.
+    Spans(&'a [i32]),
+}
+
 /// Weights or inputs that do not fit each other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -91,6 +103,18 @@ pub enum NetworkError {
         found: usize,
         /// The length expected.
         expected: usize,
+    },
+    /// A span's id is below an earlier one.
+    #[error(
+        "spans[{index}] is {found}, below the {before} in front of it; spans are written in ascending id"
+    )]
+    SpanOrder {
+        /// The token.
+        index: usize,
+        /// Its span's id.
+        found: i32,
+        /// The largest id in front of it.
+        before: i32,
     },
     /// The state or the rule's own arrays do not fit.
     #[error(transparent)]
@@ -163,17 +187,54 @@ impl Linear {
 
 impl EditGate {
     /// The corrections for `hidden`, [T, hidden width] (the attention's input, after the input norm). `state`, [H, r, r], moves in
-    /// place; tokens whose `mask` is false read it and do not move it.
+    /// place, by what `writes` says.
     ///
     /// # Errors
-    /// [`NetworkError`] when weights, inputs and state do not fit each other; the state is untouched then.
+    /// [`NetworkError`] when weights, inputs, spans and state do not fit each other; the state is untouched then.
     pub fn forward(
         &self,
         hidden: &[f32],
         state: &mut [f32],
-        mask: &[bool],
+        writes: Writes<'_>,
     ) -> Result<Corrections, NetworkError> {
-        self.check(hidden.len(), mask.len())?;
+        let reads = match writes {
+            Writes::Tokens(mask) => {
+                self.check(hidden.len(), mask.len())?;
+                self.scan(hidden, state, mask)?
+            }
+            Writes::Spans(spans) => {
+                self.check(hidden.len(), spans.len())?;
+                let means = self.means(hidden, spans)?;
+                let reads = self.scan(hidden, state, &vec![false; spans.len()])?;
+                self.scan(
+                    &means,
+                    state,
+                    &vec![true; means.len() / self.query.columns.max(1)],
+                )?;
+                reads
+            }
+        };
+        let correction = |delta: &Option<Delta>| {
+            delta.as_ref().map(|delta| {
+                let factor = self.alpha / self.rank as f32 * delta.scale;
+                delta
+                    .weight
+                    .apply(&reads)
+                    .into_iter()
+                    .map(|x| factor * x)
+                    .collect()
+            })
+        };
+        Ok(PerProjection {
+            q: correction(&self.delta.q),
+            k: correction(&self.delta.k),
+            v: correction(&self.delta.v),
+            o: correction(&self.delta.o),
+        })
+    }
+
+    /// Proposes and writes each of the hidden vectors that `mask` [T] names, one behind the other; the reads [T, H·r] of all of them.
+    fn scan(&self, hidden: &[f32], state: &mut [f32], mask: &[bool]) -> Result<Vec<f32>, NetworkError> {
         let mut q = self.query.apply(hidden);
         let mut k = self.key.apply(hidden);
         let v = self.value.apply(hidden);
@@ -206,24 +267,45 @@ impl EditGate {
             mask,
         };
         rule::scan(self.heads, self.rank, self.gates, &tokens, state, &mut reads)?;
+        Ok(reads)
+    }
 
-        let correction = |delta: &Option<Delta>| {
-            delta.as_ref().map(|delta| {
-                let factor = self.alpha / self.rank as f32 * delta.scale;
-                delta
-                    .weight
-                    .apply(&reads)
-                    .into_iter()
-                    .map(|x| factor * x)
-                    .collect()
-            })
+    /// The mean hidden vector of each span, [S, hidden width], in ascending id.
+    fn means(&self, hidden: &[f32], spans: &[i32]) -> Result<Vec<f32>, NetworkError> {
+        let width = self.query.columns;
+        let mut means: Vec<f32> = Vec::new();
+        let (mut last, mut count) = (-1, 0_u32);
+        let divide = |means: &mut [f32], count: u32| {
+            let from = means.len().saturating_sub(width);
+            means[from..].iter_mut().for_each(|sum| *sum /= count as f32);
         };
-        Ok(PerProjection {
-            q: correction(&self.delta.q),
-            k: correction(&self.delta.k),
-            v: correction(&self.delta.v),
-            o: correction(&self.delta.o),
-        })
+        for (index, (&id, hidden)) in spans.iter().zip(hidden.chunks_exact(width.max(1))).enumerate() {
+            match id.cmp(&last) {
+                _ if id < 0 => {}
+                Ordering::Less => {
+                    return Err(NetworkError::SpanOrder {
+                        index,
+                        found: id,
+                        before: last,
+                    });
+                }
+                Ordering::Equal => {
+                    let from = means.len() - width;
+                    means[from..]
+                        .iter_mut()
+                        .zip(hidden)
+                        .for_each(|(sum, &x)| *sum += x);
+                    count += 1;
+                }
+                Ordering::Greater => {
+                    divide(&mut means, count);
+                    means.extend_from_slice(hidden);
+                    (last, count) = (id, 1);
+                }
+            }
+        }
+        divide(&mut means, count);
+        Ok(means)
     }
 
     fn check(&self, hidden: usize, tokens: usize) -> Result<(), NetworkError> {
@@ -407,7 +489,7 @@ mod tests {
                     let start = numbers(2 * 3 * 3, 7);
                     let mut state = start.clone();
                     let mut naive_state: Vec<f64> = start.iter().copied().map(f64::from).collect();
-                    let corrections = layer.forward(&hidden, &mut state, &mask).unwrap();
+                    let corrections = layer.forward(&hidden, &mut state, Writes::Tokens(&mask)).unwrap();
                     let (delta_q, delta_o) = naive(&layer, &hidden, &mut naive_state, &mask);
                     assert_eq!((&corrections.k, &corrections.v), (&None, &None));
                     for (found, expected) in [
@@ -428,10 +510,116 @@ mod tests {
         }
     }
 
+    /// A span write in f64 from the same formulas: reads of all tokens first, then the means, one a span.
+    fn naive_spans(
+        layer: &EditGate,
+        hidden: &[f32],
+        state: &mut [f64],
+        spans: &[i32],
+    ) -> (Vec<f64>, Vec<f64>) {
+        let deltas = naive(layer, hidden, &mut state.to_vec(), &vec![false; spans.len()]);
+        let width = layer.query.columns;
+        let ids: std::collections::BTreeSet<i32> = spans.iter().copied().filter(|&id| id >= 0).collect();
+        for span in ids {
+            let members: Vec<&[f32]> = hidden
+                .chunks(width)
+                .zip(spans)
+                .filter(|&(_, &id)| id == span)
+                .map(|(h, _)| h)
+                .collect();
+            let mean: Vec<f32> = (0..width)
+                .map(|i| {
+                    let sum: f64 = members.iter().map(|h| f64::from(h[i])).sum();
+                    (sum / members.len() as f64) as f32
+                })
+                .collect();
+            naive(layer, &mean, state, &[true]);
+        }
+        deltas
+    }
+
+    #[test]
+    fn spans_are_read_before_and_written_as_means_in_every_mode() {
+        let hidden = numbers(9 * 5, 98);
+        // Spans of one, two and three tokens, ids with gaps, tokens of none in front, inside and behind.
+        let spans = [-1, 2, 5, -1, 5, 7, 7, 7, -1];
+        for mode in [
+            UpdateMode::Standard,
+            UpdateMode::LambdaOutside,
+            UpdateMode::NoLambda,
+        ] {
+            for gates in [Gates::Row, Gates::Head] {
+                for (own_lambda, normalize_qk) in [(false, true), (true, true), (false, false)] {
+                    let layer = EditGate {
+                        normalize_qk,
+                        ..layer(mode, gates, own_lambda)
+                    };
+                    let start = numbers(2 * 3 * 3, 8);
+                    let mut state = start.clone();
+                    let mut expected_state: Vec<f64> = start.iter().copied().map(f64::from).collect();
+                    let found = layer.forward(&hidden, &mut state, Writes::Spans(&spans)).unwrap();
+                    let (delta_q, delta_o) = naive_spans(&layer, &hidden, &mut expected_state, &spans);
+                    for (found, expected) in [
+                        (&state, &expected_state),
+                        (found.q.as_ref().unwrap(), &delta_q),
+                        (found.o.as_ref().unwrap(), &delta_o),
+                    ] {
+                        assert_eq!(found.len(), expected.len());
+                        let worst = found
+                            .iter()
+                            .zip(expected)
+                            .map(|(&f, e)| (f64::from(f) - e).abs())
+                            .fold(0.0, f64::max);
+                        assert!(worst < 1e-5, "{mode} {gates} own λ {own_lambda}: off by {worst}");
+                    }
+                    assert_ne!(state, start);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_span_of_one_token_is_a_token_write_and_no_span_is_none() {
+        let layer = layer(UpdateMode::LambdaOutside, Gates::Row, true);
+        let (hidden, start) = (numbers(5, 3), numbers(18, 4));
+        let (mut token, mut span, mut none) = (start.clone(), start.clone(), start.clone());
+        let by_token = layer
+            .forward(&hidden, &mut token, Writes::Tokens(&[true]))
+            .unwrap();
+        let by_span = layer.forward(&hidden, &mut span, Writes::Spans(&[9])).unwrap();
+        let by_none = layer.forward(&hidden, &mut none, Writes::Spans(&[-1])).unwrap();
+        assert_eq!((&by_span, &span), (&by_token, &token));
+        assert_eq!((&by_none, &none), (&by_token, &start));
+    }
+
+    #[test]
+    fn falling_spans_are_refused_and_the_state_is_as_it_was() {
+        let layer = layer(UpdateMode::Standard, Gates::Row, false);
+        let mut state = numbers(18, 4);
+        let error = layer
+            .forward(&numbers(15, 3), &mut state, Writes::Spans(&[3, -1, 2]))
+            .unwrap_err();
+        assert_eq!(
+            error,
+            NetworkError::SpanOrder {
+                index: 2,
+                found: 2,
+                before: 3
+            }
+        );
+        assert_eq!(state, numbers(18, 4));
+        assert!(matches!(
+            layer.forward(&numbers(15, 3), &mut state, Writes::Spans(&[0])),
+            Err(NetworkError::Length { .. })
+        ));
+    }
+
     #[test]
     fn an_empty_memory_corrects_nothing() {
         let layer = layer(UpdateMode::Standard, Gates::Row, false);
-        let corrections = layer.forward(&numbers(5, 1), &mut [0.0; 18], &[true]).unwrap();
+        let corrections = layer
+            .forward(&numbers(5, 1), &mut [0.0; 18], Writes::Tokens(&[true]))
+            .unwrap();
         assert!(
             corrections
                 .q
@@ -496,11 +684,13 @@ mod tests {
                 },
             ),
         ] {
-            let error = layer.forward(&hidden, &mut state, &[true]).unwrap_err();
+            let error = layer
+                .forward(&hidden, &mut state, Writes::Tokens(&[true]))
+                .unwrap_err();
             assert!(error.to_string().starts_with(&format!("{name} is [")), "{error}");
         }
         assert!(matches!(
-            good.forward(&hidden[..4], &mut state, &[true]),
+            good.forward(&hidden[..4], &mut state, Writes::Tokens(&[true])),
             Err(NetworkError::Length {
                 name: "hidden",
                 found: 4,
@@ -508,7 +698,7 @@ mod tests {
             })
         ));
         assert!(matches!(
-            good.forward(&hidden, &mut state[..17], &[true]),
+            good.forward(&hidden, &mut state[..17], Writes::Tokens(&[true])),
             Err(NetworkError::Rule(_))
         ));
         assert!(Linear::new(vec![0.0; 5], None, 2, 3).is_err());

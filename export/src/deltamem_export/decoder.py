@@ -4,10 +4,15 @@ weights. It knows nothing of files, memories or ONNX.
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from deltamem_export.adapter import AttentionShape
 from deltamem_export.errors import ExportError
+
+# What families call the projection behind the attention.
+_O_NAMES = ("o_proj", "out_proj", "dense")
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
@@ -27,32 +32,58 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if module is not None]
 
 
-def attention_shape(attention: nn.Module) -> AttentionShape:
-    """The widths of an attention's input and projections, from its weights.
+@dataclass(frozen=True)
+class Projection:
+    """One of q, k, v, o of an attention.
+
+    Attributes:
+        module: the linear layer that makes it; q, k and v may share one.
+        width: how many of the layer's outputs it is.
+        start: the first of them; None where it is all of them.
+    """
+
+    module: nn.Module
+    width: int
+    start: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, [out, in], of all that the layer makes."""
+        return self.module.get_parameter("weight")
+
+
+def projections(attention: nn.Module) -> dict[str, Projection]:
+    """Where an attention makes q, k, v and o.
 
     Raises:
         ExportError: it has neither q_proj, k_proj and v_proj, nor qkv_proj, with o_proj.
     """
-    o = getattr(attention, "o_proj", None)
-    packed = getattr(attention, "qkv_proj", None)
-    separate = [getattr(attention, f"{p}_proj", None) for p in "qkv"]
+    names = dict(attention.named_children())
+    o = next((names[name] for name in _O_NAMES if name in names), None)
+    packed = names.get("qkv_proj")
+    separate = [names.get(f"{p}_proj") for p in "qkv"]
     if o is None or (packed is None and None in separate):
         raise ExportError(
-            f"{type(attention).__name__} has no q_proj, k_proj, v_proj (or qkv_proj) and o_proj; its "
+            f"{type(attention).__name__} has no q_proj, k_proj, v_proj (or qkv_proj) and {' or '.join(_O_NAMES)}; its "
             "projections cannot be hooked"
         )
+    found = {"o": Projection(o, int(o.weight.shape[0]))}
     if packed is not None:
-        q = int(o.in_features)
-        kv = (int(packed.out_features) - q) // 2
-        return AttentionShape(int(packed.in_features), q, kv, kv, int(o.out_features))
-    q_proj, k_proj, v_proj = separate
-    assert q_proj is not None
-    assert k_proj is not None
-    assert v_proj is not None
-    return AttentionShape(
-        int(q_proj.in_features),
-        int(q_proj.out_features),
-        int(k_proj.out_features),
-        int(v_proj.out_features),
-        int(o.out_features),
-    )
+        q = int(o.weight.shape[1])
+        kv = (int(packed.weight.shape[0]) - q) // 2
+        starts = {"q": (q, 0), "k": (kv, q), "v": (kv, q + kv)}
+        return found | {p: Projection(packed, width, start) for p, (width, start) in starts.items()}
+    for p, module in zip("qkv", separate, strict=True):
+        assert module is not None
+        found[p] = Projection(module, int(module.weight.shape[0]))
+    return found
+
+
+def attention_shape(attention: nn.Module) -> AttentionShape:
+    """The widths of an attention's input and projections, from its weights.
+
+    Raises:
+        ExportError: as `projections`.
+    """
+    found = projections(attention)
+    return AttentionShape(int(found["q"].weight.shape[1]), *(found[p].width for p in "qkvo"))

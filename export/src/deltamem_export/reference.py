@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltamem_export.adapter import DELTA_HEADS, Adapter, AdapterConfig, AttentionShape, expected_shapes
-from deltamem_export.decoder import attention_shape, attentions
+from deltamem_export.decoder import attention_shape, attentions, projections
 
 L2_EPSILON = 1e-6
 
@@ -246,15 +246,14 @@ class MemoryHandle(nn.Module):
     # ------------------------------------------------------------------ hooks
 
     def _hang(self, i: int, attention: nn.Module) -> None:
-        heads = set(self.config.delta_heads)
         self._hooks.append(attention.register_forward_pre_hook(partial(self._before_attention, i), with_kwargs=True))
         self._hooks.append(attention.register_forward_hook(partial(self._after_attention, i)))
-        packed = getattr(attention, "qkv_proj", None)
-        if packed is not None and heads & {"q", "k", "v"}:
-            hook = partial(self._correct_packed, i, attention_shape(attention))
-            self._hooks.append(packed.register_forward_hook(hook))
-        for p in heads & ({"o"} if packed is not None else set(DELTA_HEADS)):
-            self._hooks.append(attention.get_submodule(f"{p}_proj").register_forward_hook(partial(self._correct, i, p)))
+        corrected: dict[nn.Module, dict[str, int | None]] = {}
+        for p, projection in projections(attention).items():
+            if p in self.config.delta_heads:
+                corrected.setdefault(projection.module, {})[p] = projection.start
+        for module, starts in corrected.items():
+            self._hooks.append(module.register_forward_hook(partial(self._correct, i, starts)))
 
     def _before_attention(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -263,15 +262,16 @@ class MemoryHandle(nn.Module):
     def _after_attention(self, i: int, *_: Any) -> None:
         del self._deltas[i]
 
-    def _correct(self, i: int, head: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + self._deltas[i][head].to(output.dtype)
-
-    def _correct_packed(
-        self, i: int, shape: AttentionShape, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    def _correct(
+        self, i: int, starts: Mapping[str, int | None], module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> Tensor:
-        parts = zip("qkv", torch.split(output, [shape.q, shape.k, shape.v], dim=-1), strict=True)
-        deltas = self._deltas[i]
-        return torch.cat([part + deltas[p].to(part.dtype) if p in deltas else part for p, part in parts], dim=-1)
+        """Adds the corrections of what this module makes, each at its start (None: all of the output)."""
+        for p, start in starts.items():
+            delta = self._deltas[i][p].to(output.dtype)
+            if start is not None:
+                delta = F.pad(delta, (start, output.shape[-1] - start - delta.shape[-1]))
+            output = output + delta
+        return output
 
     def _step(self, i: int, h: Tensor) -> dict[str, Tensor]:
         """One layer's whole turn: propose, read and write, correct. h: [B, T, D]."""

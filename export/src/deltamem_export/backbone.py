@@ -1,6 +1,5 @@
 """A frozen decoder on local disk, loaded once: its configuration, its weights, the widths of its attention,
-and a hash of what it is. It knows which families the exporter has been checked on and refuses the others by
-name; it knows nothing of ONNX or of memories.
+and a hash of what it is. It knows nothing of ONNX or of memories.
 """
 
 from __future__ import annotations
@@ -20,17 +19,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from deltamem_export.adapter import AttentionShape
-from deltamem_export.decoder import attention_shape, attentions
+from deltamem_export.decoder import attention_shapes
 from deltamem_export.errors import ExportError, first_line
-
-# Families whose grafted graph was compared with the reference: architecture → model_type.
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-    "SmolLM3ForCausalLM": "smollm3",
-}
-
+from deltamem_export.families import check_settings, context_length, find_family, head_dim
 
 @dataclass(frozen=True)
 class Geometry:
@@ -65,11 +56,15 @@ class Backbone:
         self.model = model
         self.geometry = _geometry(config)
         self.tokens = _tokens(directory, config)
-        self.shapes: list[AttentionShape] = [attention_shape(a) for a in attentions(model)]
+        self.shapes = attention_shapes(model)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Backbone:
+    def load(cls, directory: str | os.PathLike[str], any_family: bool = False) -> Backbone:
         """Reads a Hugging Face model folder, without a network and without code from the folder.
+
+        Args:
+            directory: the folder.
+            any_family: take also what the builder cannot build, for a graph that comes from elsewhere.
 
         Raises:
             FileNotFoundError: no such folder, or no config.json in it.
@@ -80,7 +75,7 @@ class Backbone:
             raise FileNotFoundError(
                 f"{directory / 'config.json'}: not found; a backbone is a Hugging Face model folder"
             )
-        config = read_config(directory)
+        config = read_config(directory, any_family)
         verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -103,7 +98,7 @@ class Backbone:
                     f"{directory}: {problem.replace('_', ' ')}: {names}; the weights do not fit config.json"
                 )
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not _finite(tensor):
                 raise ExportError(f"{directory}: weight {name} holds NaN or infinity; the backbone's files are damaged")
         return cls(directory, config, model.eval().requires_grad_(False))
 
@@ -122,7 +117,7 @@ class Backbone:
         self.model.float()
 
 
-def read_config(directory: Path) -> PretrainedConfig:
+def read_config(directory: Path, any_family: bool = False) -> PretrainedConfig:
     """The folder's configuration.
 
     Raises:
@@ -133,12 +128,8 @@ def read_config(directory: Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"{directory / 'config.json'}: {first_line(error)}") from error
     architecture = (getattr(config, "architectures", None) or ["(none)"])[0]
-    if FAMILIES.get(architecture) != config.model_type:
-        raise ExportError(
-            f"{directory / 'config.json'}: architecture {architecture} ({config.model_type}) is not "
-            "supported yet; supported are "
-            f"{', '.join(sorted(FAMILIES))}. Other families come with a later release"
-        )
+    if not any_family:
+        check_settings(config, find_family(architecture, config.model_type))
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(f"{directory}: the backbone is already quantised; export from its unquantised weights")
     return config
@@ -154,21 +145,24 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return str(hasher.hexdigest())
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite, some millions at a time: `isfinite` of a whole embedding takes several
+    copies of it."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(1 << 24))
+
+
 def _geometry(config: PretrainedConfig) -> Geometry:
     c: Any = config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    if head_dim % 16:
-        raise ExportError(f"head_dim is {head_dim}; ONNX Runtime's attention needs a multiple of 16")
     return Geometry(
         architecture=c.architectures[0],
         model_type=c.model_type,
         hidden_size=c.hidden_size,
         num_layers=c.num_hidden_layers,
         num_attention_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        head_dim=head_dim,
+        num_kv_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        head_dim=head_dim(config),
         vocab_size=c.vocab_size,
-        context_length=c.max_position_embeddings,
+        context_length=context_length(config),
     )
 
 

@@ -26,7 +26,9 @@ from deltamem_export.builder import DATA_FILE, MODEL_FILE, build
 from deltamem_export.check import check as check_graph
 from deltamem_export.errors import ExportError
 from deltamem_export.graft import graft
+from deltamem_export.mapping import GraphMapping, bring
 from deltamem_export.precision import Precision
+from deltamem_export.structure import find_attentions
 from deltamem_export.text import copy_text, text_digest
 
 MEASURED_FILE = "model.measured.onnx"
@@ -45,6 +47,8 @@ def export_bundle(
     name: str | None = None,
     force: bool = False,
     check: bool = True,
+    onnx: str | os.PathLike[str] | None = None,
+    mapping: GraphMapping | None = None,
     extra_files: ExtraFiles | None = None,
     say: Say | None = None,
 ) -> Path:
@@ -58,6 +62,9 @@ def export_bundle(
         name: for people; the directory's name if not given.
         force: replace what is at `out`.
         check: compare the built graph with transformers first.
+        onnx: a decoder ONNX of this backbone to graft onto, in place of one that the builder writes; `precision` says what
+            it is in (fp32 or fp16).
+        mapping: what to know of that graph's names; what it does not say is found by the weights.
         extra_files: called with the bundle's directory before it is sealed.
         say: gets a line before each long step; on stderr, with the time, if not given.
 
@@ -72,13 +79,17 @@ def export_bundle(
     _refuse_existing(target, force)
 
     say(f"reading {backbone}")
-    body = Backbone.load(backbone)
+    body = Backbone.load(backbone, any_family=onnx is not None)
     memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     layers = memory.check_backbone(body.shapes)
 
     with _workshop(target) as (work, bundle):
-        say(f"building the decoder ({precision.setting})")
-        built = build(body, work, precision)
+        if onnx is None:
+            say(f"building the decoder ({precision.setting})")
+            built, find = build(body, work, precision, say), find_attentions
+        else:
+            say(f"taking in {onnx}")
+            built, find = bring(Path(onnx), work, body.model, mapping or GraphMapping())
         say("hashing the weights")
         backbone_digest = body.digest(precision.setting)
         checked = None
@@ -89,7 +100,7 @@ def export_bundle(
                 f"the logits differ by {checked.max_abs_diff:.2g} at most over {checked.tokens} tokens (tolerance {checked.tolerance:.2g})"
             )
         say(f"grafting the memory onto {len(layers)} layers")
-        facts = graft(built, bundle / MODEL_FILE, memory, layers, body.geometry.head_dim, bundle / MEASURED_FILE)
+        facts = graft(built, bundle / MODEL_FILE, memory, layers, body.geometry.head_dim, bundle / MEASURED_FILE, find)
         text = copy_text(body.directory, bundle, body.geometry.vocab_size, body.tokens.bos, body.tokens.eos)
         extra = extra_files(bundle) if extra_files is not None else []
 

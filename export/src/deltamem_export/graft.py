@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from deltamem_export.adapter import DELTA_HEADS, Adapter, AdapterConfig
 from deltamem_export.errors import ExportError
+from deltamem_export.external import save_sharing
 from deltamem_export.island import Island
 from deltamem_export.nodes import Nodes, add_input, name_of
 from deltamem_export.structure import PROJECTIONS, GraphFacts, Site, find_attention, read_facts
@@ -54,7 +55,7 @@ def graft(
     for value in (*model.graph.inputs, *model.graph.outputs):
         if name_of(value).startswith(("past_key_values.", "present.")) and value.shape is not None:
             value.shape = ir.Shape([*value.shape[:3], head_dim])
-    ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=1024)
+    save_sharing(model, target, source.with_name(f"{source.name}.data"))
     facts = read_facts(model)
     if adapter.config.writes_spans:
         facts = replace(facts, span_width=adapter.config.proposal_width)

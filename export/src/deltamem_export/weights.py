@@ -1,7 +1,7 @@
 """What the weights of a built graph stand for, and that put into the PyTorch model, so that a comparison of the two
 covers arithmetic alone and a mistake in the graph cannot hide behind the rounding of weights. fp32: the files' own;
-fp16 and bf16: the files' rounded to 16 bits; int8 and int4: what the graph's blocks stand for, zero points, padded
-blocks and quantised embeddings included. It knows nothing of tolerances.
+fp16 and bf16: the files' rounded to 16 bits, and RoPE's tables too; int8 and int4: what the graph's blocks stand
+for, zero points, padded blocks and quantised embeddings included. It knows nothing of tolerances.
 
 Which parameter a quantised weight was made of is written on its node by `streaming.py` (`SOURCE`), from the memory
 that the builder read; a graph without these notes is read by the names of its nodes.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,18 @@ _SIXTEEN = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @contextlib.contextmanager
-def weights_of(graph: Path, model: nn.Module, precision: Precision) -> Iterator[None]:
-    """While it lasts, the float32 model computes with what the graph's weights stand for.
+def weights_of(
+    graph: Path, model: nn.Module, precision: Precision, within: Sequence[nn.Module] | None = None
+) -> Iterator[None]:
+    """While it lasts, the float32 model computes with what the graph's weights stand for; where `within` is given, only
+    those of its modules do.
 
     Raises:
         ExportError: a quantised weight of the graph belongs to no parameter of the model, or does not fit it.
     """
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    hooks = []
+    own = None if within is None else {id(module) for top in within for module in top.modules()}
 
     def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
         kept.append((module, name, module.get_parameter(name)))
@@ -49,11 +54,19 @@ def weights_of(graph: Path, model: nn.Module, precision: Precision) -> Iterator[
 
     try:
         if precision.name in _SIXTEEN:
+            kind = _SIXTEEN[precision.name]
             for module in model.modules():
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    put(module, name, parameter.to(_SIXTEEN[precision.name]).float())
+                if own is None or id(module) in own:
+                    for name, parameter in list(module.named_parameters(recurse=False)):
+                        put(module, name, parameter.to(kind).float())
+                if type(module).__name__.endswith("RotaryEmbedding"):
+                    hooks.append(module.register_forward_hook(lambda _m, _i, out: _rounded(out, kind)))
         elif precision.quantised:
-            for node, source, weight in stands_for(graph):
+
+            def wanted(node: str, source: str | None) -> bool:
+                return own is None or any(id(module) in own for module, *_ in _rows(model, node, source))
+
+            for node, source, weight in stands_for(graph, wanted):
                 rows = _rows(model, node, source)
                 if sum(end - start for _, _, start, end in rows) != len(weight):
                     raise ExportError(f"{node}: the weight has {len(weight)} rows, which its parameters do not have")
@@ -72,21 +85,31 @@ def weights_of(graph: Path, model: nn.Module, precision: Precision) -> Iterator[
                     put(module, name, part)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, name, parameter in reversed(kept):
             setattr(module, name, parameter)
 
 
-def stands_for(graph: Path) -> Iterator[tuple[str, str | None, torch.Tensor]]:
-    """For each quantised weight of a graph, one at a time: its node's name, the note `SOURCE` if there is one, and what
-    the blocks stand for, float32: [out, in] of a product, [vocab, hidden] of embeddings.
+def _rounded(tables: Any, kind: torch.dtype) -> Any:
+    """RoPE's cosines and sines as a decoder of that type has them."""
+    return tuple(t.to(kind).to(t.dtype) for t in tables) if isinstance(tables, tuple) else tables
+
+
+def stands_for(
+    graph: Path, wanted: Callable[[str, str | None], bool] = lambda _node, _source: True
+) -> Iterator[tuple[str, str | None, torch.Tensor]]:
+    """For each quantised weight of a graph that is wanted, one at a time: its node's name, the note `SOURCE` if there is
+    one, and what the blocks stand for, float32: [out, in] of a product, [vocab, hidden] of embeddings.
 
     Raises:
         ExportError: blocks of a form that is not known.
     """
     for node in ir.load(graph).graph:
-        if node.op_type in QUANTISED_OPS:
+        name, source = str(node.name), node.metadata_props.get(SOURCE)
+        if node.op_type in QUANTISED_OPS and wanted(name, source):
             values = _product(node) if node.op_type == "MatMulNBits" else _embeddings(node)
-            yield str(node.name), node.metadata_props.get(SOURCE), torch.from_numpy(values)
+            yield name, source, torch.from_numpy(values)
 
 
 def with_float_activations(graph: Path) -> Path:

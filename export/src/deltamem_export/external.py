@@ -1,0 +1,103 @@
+"""Weights of an ONNX graph in one file beside it: written a slab at a time, and shared by the graphs that have the same
+weights. It knows nothing of what the weights mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+# Smaller weights stay in the graph's own file: ONNX Runtime reads shapes and other constants there.
+INLINE_BYTES = 1024
+# Larger ones begin at a page, as memory mapping likes it; the others at a line of the processor's cache.
+_PAGED_BYTES = 1 << 16
+_PAGE, _LINE = 4096, 64
+
+
+class DataFile:
+    """A weights' file open for writing at its end. Every weight written becomes a reference into it."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._file = file
+
+    @classmethod
+    @contextlib.contextmanager
+    def append(cls, path: Path) -> Iterator[DataFile]:
+        """Opens `path` at its end; it is made if it is not there."""
+        with path.open("ab") as file:
+            yield cls(path, file)
+
+    def write(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: Iterable[int],
+        parts: Iterable[npt.NDArray[Any]],
+    ) -> ir.ExternalTensor:
+        """Writes a weight from its parts, in the order that they come, and returns the reference to it.
+
+        Raises:
+            ValueError: the parts have not the bytes that dtype and shape ask for.
+        """
+        dims = ir.Shape(list(shape))
+        length = int(np.ceil(np.prod([int(d) for d in dims], dtype=np.int64) * dtype.itemsize))
+        step = _PAGE if length >= _PAGED_BYTES else _LINE
+        offset = -(-self._file.tell() // step) * step
+        self._file.write(b"\0" * (offset - self._file.tell()))
+        for part in parts:
+            self._file.write(memoryview(np.ascontiguousarray(part)).cast("B"))
+        written = self._file.tell() - offset
+        if written != length:
+            raise ValueError(f"{name}: {written} bytes were written, {dtype} {list(dims)} takes {length}")
+        return ir.ExternalTensor(
+            self._path.name, offset, length, dtype, shape=dims, name=name, base_dir=str(self._path.parent)
+        )
+
+
+def save_sharing(model: ir.Model, target: Path, weights: Path) -> None:
+    """Saves a graph made from one whose weights lie in the file `weights`: that file becomes `<target>.data` without
+    being copied (a second name for it, where the file system has such), and what is new is appended to it. References
+    of other graphs into the file stay right.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    data = target.with_name(f"{target.name}.data")
+    try:
+        os.link(weights, data)
+    except OSError:
+        shutil.copyfile(weights, data)
+    with DataFile.append(data) as file:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            if isinstance(tensor, ir.ExternalTensor):
+                if not os.path.samefile(tensor.path, weights):
+                    raise ValueError(f"{value.name} lies in {tensor.path}, expected {weights}")
+                value.const_value = ir.ExternalTensor(
+                    data.name,
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,  # type: ignore[arg-type]
+                    name=str(value.name),
+                    base_dir=str(data.parent),
+                )
+            elif tensor.nbytes >= INLINE_BYTES:
+                raw = np.frombuffer(tensor.tobytes(), np.uint8)
+                value.const_value = file.write(str(value.name), tensor.dtype, _dims(tensor), [raw])
+    ir.save(model, target)
+
+
+def _dims(tensor: ir.TensorProtocol) -> list[int]:
+    return [int(d) for d in tensor.shape]

@@ -25,6 +25,8 @@ class Grafted:
         self.names = [output.name for output in self.session.get_outputs()]
         self.batch = batch
         self.kv_layers = graph["kv_layers"]
+        self.states = graph.get("states", [])
+        self.present = {state["input"]: state["output"] for state in self.states}
         self.kv_shape = (batch, backbone["num_kv_heads"], 0, backbone["head_dim"])
         self.kv_dtype = np.dtype(graph["kv_dtype"])
         self.span_width = graph["span_width"]
@@ -41,6 +43,7 @@ class Grafted:
             for i in self.kv_layers
             for part in ("key", "value")
         }
+        self.past |= {state["input"]: np.zeros((self.batch, *state["shape"]), state["dtype"]) for state in self.states}
         self.mask = np.zeros((self.batch, 0), np.int64)
 
     def feed(
@@ -73,6 +76,8 @@ class Grafted:
             "past_memory": self.memory,
             **self.past,
         }
+        if self.manifest["graph"]["position_ids"]:
+            feeds["position_ids"] = (self.mask.cumsum(axis=1) - 1).clip(0)[:, -length:]
         if self.span_width is not None:
             weights = np.zeros((batch, 0, length), np.float32) if spans is None else spans.astype(np.float32)
             count = weights.shape[1]
@@ -84,7 +89,9 @@ class Grafted:
             }
         found = dict(zip(self.names, self.session.run(self.names, feeds), strict=True))
         self.memory = found["present_memory"]
-        self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}
+        self.past = {
+            name: found[self.present.get(name) or name.replace("past_key_values", "present")] for name in self.past
+        }
         self.energy = found.get("delta_energy")
         self.spans = found.get("present_spans")
         logits = found["logits"]

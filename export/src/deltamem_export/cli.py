@@ -81,6 +81,37 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     bundle.add_argument("--threads", type=int, metavar="N", help="threads for the comparison (default: all cores)")
     bundle.set_defaults(run=_bundle)
 
+    graft = commands.add_parser(
+        "graft",
+        help="export a bundle from a decoder ONNX of your own",
+        description="Grafts the memory onto a decoder ONNX that you bring, for a backbone that `bundle` does not build. Its projections are "
+        "found by the backbone's weights; what is not found is named in a mapping. The same checks as in `bundle`.",
+        epilog="example: deltamem-export graft --onnx olmo2/model.onnx --backbone OLMo-2 --adapter delta-mem --out my-bundle",
+    )
+    graft.add_argument(
+        "--onnx",
+        required=True,
+        metavar="FILE",
+        help="the decoder, with a KV cache, in float32 or float16, opset 18 or later",
+    )
+    graft.add_argument(
+        "--backbone", required=True, metavar="DIR", help="the Hugging Face folder that it was exported from"
+    )
+    graft.add_argument(
+        "--adapter", required=True, metavar="DIR", help="a folder with delta_mem_config.json and its tensors"
+    )
+    graft.add_argument("--out", required=True, metavar="DIR", help="the bundle's directory, made whole or not at all")
+    graft.add_argument(
+        "--mapping", metavar="FILE", help="JSON that names layers' values, inputs and outputs (docs/export.md)"
+    )
+    graft.add_argument(
+        "--precision", choices=("fp32", "fp16"), default="fp32", help="what the ONNX is in (default fp32)"
+    )
+    graft.add_argument("--name", help="the bundle's name (default: the directory's)")
+    graft.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
+    graft.add_argument("--no-check", action="store_true", help="do not compare the ONNX with transformers")
+    graft.set_defaults(run=_graft)
+
     inspect = commands.add_parser("inspect", help="show what a bundle or an adapter is")
     inspect.add_argument("path", metavar="PATH", help="a bundle's or an adapter's directory")
     inspect.set_defaults(run=_inspect)
@@ -117,6 +148,23 @@ def _bundle(args: argparse.Namespace) -> None:
         name=args.name,
         force=args.force,
         check=not args.no_check,
+    )
+
+
+def _graft(args: argparse.Namespace) -> None:
+    from deltamem_export.bundle import export_bundle
+    from deltamem_export.mapping import GraphMapping
+
+    export_bundle(
+        args.backbone,
+        args.adapter,
+        args.out,
+        args.precision,
+        name=args.name,
+        force=args.force,
+        check=not args.no_check,
+        onnx=args.onnx,
+        mapping=GraphMapping.load(args.mapping) if args.mapping else None,
     )
 
 

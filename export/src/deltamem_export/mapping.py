@@ -33,6 +33,8 @@ from deltamem_export.nodes import name_of
 from deltamem_export.structure import Attention, FindAttentions, Site
 
 _Product = tuple[ir.Node, npt.NDArray[Any]]
+# From here on reductions take their axes as an input.
+MIN_OPSET = 18
 _THROUGH = frozenset({"Transpose", "Cast", "Identity"})
 
 
@@ -109,16 +111,25 @@ def bring(onnx: Path, work: Path, model: nn.Module, mapping: GraphMapping) -> tu
     Raises:
         ExportError: the graph cannot be read, or its inputs and outputs are not those.
     """
+    if not onnx.is_file():
+        raise FileNotFoundError(f"{onnx}: no such file")
     try:
         made = ShapeInferencePass()(ir.load(onnx)).model
     except (OSError, ValueError, RuntimeError, DecodeError) as error:
         raise ExportError(f"{onnx}: cannot be read as ONNX ({first_line(error)})") from error
     graph = made.graph
+    opset = graph.opset_imports.get("", 1)
+    if opset < MIN_OPSET:
+        raise ExportError(
+            f"{onnx}: is of opset {opset}, the memory's nodes need {MIN_OPSET}; export it with opset_version={MIN_OPSET} or later, or "
+            "convert it with onnx.version_converter"
+        )
+    graph.opset_imports.setdefault("com.microsoft", 1)
     _rename(graph, mapping.names)
     _check_ends(onnx, graph)
     copy = work / "brought.onnx"
     ir.save(made, copy, external_data=f"{copy.name}.data", size_threshold_bytes=1024)
-    own = {i: projections(attention) for i, attention in enumerate(attentions(model))}
+    own = {i: projections(attention) for i, attention in enumerate(attentions(model)) if attention is not None}
 
     def find(graph: ir.Graph, layers: Sequence[int]) -> dict[int, Attention]:
         return _find_by_weights(graph, {i: own[i] for i in layers}, mapping)

@@ -84,7 +84,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     graft = commands.add_parser(
         "graft",
         help="export a bundle from a decoder ONNX of your own",
-        description="Grafts the memory onto a decoder ONNX that you bring, for a backbone that `bundle` does not build. Its projections are "
+        description="Grafts the memory onto a decoder ONNX that you bring, for a backbone that `bundle` does not build. Projections are "
         "found by the backbone's weights; what is not found is named in a mapping. The same checks as in `bundle`.",
         epilog="example: deltamem-export graft --onnx olmo2/model.onnx --backbone OLMo-2 --adapter delta-mem --out my-bundle",
     )

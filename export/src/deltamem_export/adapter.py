@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -212,19 +212,26 @@ class AdapterConfig:
         """alpha / r, the fixed factor on every correction."""
         return self.alpha / self.rank
 
-    def memory_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers of a backbone of `num_layers` that carry a memory, ascending.
+    def memory_layers(self, num_layers: int, without: Sequence[int] = ()) -> tuple[int, ...]:
+        """The layers of a backbone of `num_layers` that carry a memory, ascending. `without` are layers that have no
+        attention (convolutions); no memory can be there, and "all layers" leaves them out.
 
         Raises:
-            AdapterError: a target layer that the backbone does not have.
+            AdapterError: a target layer that the backbone does not have, or that has no attention.
         """
         if not self.target_layers:
-            return tuple(range(num_layers))
+            return tuple(i for i in range(num_layers) if i not in without)
         _expect(
             self.target_layers[-1] < num_layers,
             "target_layers",
             list(self.target_layers),
             f"layers of this backbone, 0 to {num_layers - 1}",
+        )
+        _expect(
+            not set(self.target_layers) & set(without),
+            "target_layers",
+            list(self.target_layers),
+            f"layers with attention; {_ranges(sorted(without))} of this backbone have none",
         )
         return self.target_layers
 
@@ -319,14 +326,15 @@ class Adapter:
             for name in sorted(self.layers[i]):
                 yield f"model.layers.{i}.self_attn.{name}", self.layers[i][name]
 
-    def check_backbone(self, shapes: list[AttentionShape]) -> tuple[int, ...]:
-        """Checks the adapter against a backbone's layers and returns those that carry a memory.
+    def check_backbone(self, shapes: Sequence[AttentionShape | None]) -> tuple[int, ...]:
+        """Checks the adapter against a backbone's layers (None: a layer without attention) and returns those that carry a
+        memory.
 
         Raises:
             AdapterError: another number of layers, or a width that differs; names the key, the shape found
             and the one expected.
         """
-        wanted = self.config.memory_layers(len(shapes))
+        wanted = self.config.memory_layers(len(shapes), [i for i, shape in enumerate(shapes) if shape is None])
         if tuple(sorted(self.layers)) != wanted:
             raise AdapterError(
                 f"{self.source}: has layers {_ranges(sorted(self.layers))}, but the backbone has "
@@ -334,7 +342,9 @@ class Adapter:
                 f"ask for {_ranges(list(wanted))}; this adapter was trained for another backbone"
             )
         for i in wanted:
-            self._check_layer(i, shapes[i])
+            shape = shapes[i]
+            assert shape is not None
+            self._check_layer(i, shape)
         return wanted
 
     @classmethod

@@ -15,21 +15,19 @@ from deltamem_export.errors import ExportError
 _O_NAMES = ("o_proj", "out_proj", "dense")
 
 
-def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attention module of every layer, first to last.
+def attentions(model: nn.Module) -> list[nn.Module | None]:
+    """The attention module of every layer, first to last; None for a layer that has none (a convolution).
 
     Raises:
-        ExportError: a layer without one.
+        ExportError: no layer has one.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:
         raise ExportError(f"{type(model).__name__} has no model.layers; its attention cannot be found")
     found = [getattr(layer, "self_attn", None) for layer in layers]
-    if None in found:
-        raise ExportError(
-            f"{type(model).__name__}: layer {found.index(None)} has no self_attn; its attention cannot be found"
-        )
-    return [module for module in found if module is not None]
+    if not any(module is not None for module in found):
+        raise ExportError(f"{type(model).__name__}: no layer has self_attn; its attention cannot be found")
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,3 +85,8 @@ def attention_shape(attention: nn.Module) -> AttentionShape:
     """
     found = projections(attention)
     return AttentionShape(int(found["q"].weight.shape[1]), *(found[p].width for p in "qkvo"))
+
+
+def attention_shapes(model: nn.Module) -> list[AttentionShape | None]:
+    """`attention_shape` of every layer, first to last; None for a layer without attention."""
+    return [attention_shape(module) if module is not None else None for module in attentions(model)]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltamem_export.adapter import DELTA_HEADS, Adapter, AdapterConfig, AttentionShape, expected_shapes
-from deltamem_export.decoder import attention_shape, attentions, projections
+from deltamem_export.decoder import attention_shapes, attentions, projections
 
 L2_EPSILON = 1e-6
 
@@ -202,7 +202,7 @@ class MemoryHandle(nn.Module):
         self._deltas: dict[int, dict[str, Tensor]] = {}
         self._hooks: list[Any] = []
         for i, attention in enumerate(attentions(model)):
-            if i in layers:
+            if i in layers and attention is not None:
                 self._hang(i, attention)
 
     @property
@@ -343,12 +343,13 @@ def attach(model: nn.Module, adapter: Adapter | AdapterConfig, scan: Scan = scan
         ExportError: the decoder has no attention that can be hooked.
     """
     config = adapter.config if isinstance(adapter, Adapter) else adapter
-    shapes = [attention_shape(attention) for attention in attentions(model)]
+    shapes = attention_shapes(model)
     if isinstance(adapter, Adapter):
         wanted = adapter.check_backbone(shapes)
-        layers = {i: DeltaMemory(config, shapes[i], adapter.layers[i]) for i in wanted}
     else:
-        layers = {i: DeltaMemory(config, shapes[i]) for i in config.memory_layers(len(shapes))}
+        wanted = config.memory_layers(len(shapes), [i for i, shape in enumerate(shapes) if shape is None])
+    tensors = adapter.layers if isinstance(adapter, Adapter) else {}
+    layers = {i: DeltaMemory(config, shape, tensors.get(i)) for i, shape in enumerate(shapes) if shape and i in wanted}
     handle = MemoryHandle(model, config, layers, scan)
     return handle.to(next(model.parameters()).device)
 

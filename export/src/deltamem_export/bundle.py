@@ -24,6 +24,7 @@ from deltamem_export.adapter import Adapter
 from deltamem_export.backbone import Backbone, digest_tensors
 from deltamem_export.builder import DATA_FILE, MODEL_FILE, build
 from deltamem_export.check import check as check_graph
+from deltamem_export.check import choose_method
 from deltamem_export.errors import ExportError
 from deltamem_export.graft import graft
 from deltamem_export.mapping import GraphMapping, bring
@@ -46,7 +47,7 @@ def export_bundle(
     *,
     name: str | None = None,
     force: bool = False,
-    check: bool = True,
+    check: bool | str = True,
     onnx: str | os.PathLike[str] | None = None,
     mapping: GraphMapping | None = None,
     extra_files: ExtraFiles | None = None,
@@ -61,7 +62,8 @@ def export_bundle(
         precision: of the backbone; the memory is float32 always.
         name: for people; the directory's name if not given.
         force: replace what is at `out`.
-        check: compare the built graph with transformers first.
+        check: how the built graph is compared with transformers first: "whole" or "layers"; True: `whole` if both models
+            fit into memory, else `layers`; False: not at all, which the manifest says.
         onnx: a decoder ONNX of this backbone to graft onto, in place of one that the builder writes; `precision` says what
             it is in (fp32 or fp16).
         mapping: what to know of that graph's names; what it does not say is found by the weights.
@@ -94,11 +96,10 @@ def export_bundle(
         backbone_digest = body.digest(precision.setting)
         checked = None
         if check:
-            say("comparing the built graph with transformers")
-            checked = check_graph(body, built, precision)
-            say(
-                f"the logits differ by {checked.max_abs_diff:.2g} at most over {checked.tokens} tokens (tolerance {checked.tolerance:.2g})"
-            )
+            method, why = choose_method(body, built) if check is True else (check, "as asked for")
+            say(f"comparing the built graph with transformers ({method}: {why})")
+            checked = check_graph(body, built, precision, method, find)
+            say(f"they differ by {checked.max_abs_diff:.2g} at most (tolerance {checked.tolerance:.2g})")
         say(f"grafting the memory onto {len(layers)} layers")
         facts = graft(built, bundle / MODEL_FILE, memory, layers, body.geometry.head_dim, bundle / MEASURED_FILE, find)
         text = copy_text(body.directory, bundle, body.geometry.vocab_size, body.tokens.bos, body.tokens.eos)

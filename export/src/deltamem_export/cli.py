@@ -15,6 +15,7 @@ from deltamem_export.errors import ExportError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+CHECKS: dict[str, bool | str] = {"auto": True, "whole": "whole", "layers": "layers", "none": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +64,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     )
     bundle.add_argument("--name", help="the bundle's name (default: the directory's)")
     bundle.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
-    bundle.add_argument("--no-check", action="store_true", help="do not compare the built graph with transformers")
+    _add_check(bundle)
     bundle.add_argument(
         "--int4-block-size",
         type=int,
@@ -109,7 +110,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     )
     graft.add_argument("--name", help="the bundle's name (default: the directory's)")
     graft.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
-    graft.add_argument("--no-check", action="store_true", help="do not compare the ONNX with transformers")
+    _add_check(graft)
     graft.set_defaults(run=_graft)
 
     inspect = commands.add_parser("inspect", help="show what a bundle or an adapter is")
@@ -134,6 +135,24 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_check(command: argparse.ArgumentParser) -> None:
+    chosen = command.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--check",
+        choices=tuple(CHECKS),
+        default="auto",
+        help="how the graph is compared with transformers: whole models, or one layer at a time for models too large to be run "
+        "twice here (default: whole if both fit into memory)",
+    )
+    chosen.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_const",
+        const="none",
+        help="the same as --check none; the bundle says so",
+    )
+
+
 def _bundle(args: argparse.Namespace) -> None:
     from deltamem_export.bundle import export_bundle, set_threads
     from deltamem_export.precision import Precision
@@ -147,7 +166,7 @@ def _bundle(args: argparse.Namespace) -> None:
         Precision(args.precision, args.int4_block_size, args.int4_accuracy_level),
         name=args.name,
         force=args.force,
-        check=not args.no_check,
+        check=CHECKS[args.check],
     )
 
 
@@ -162,7 +181,7 @@ def _graft(args: argparse.Namespace) -> None:
         args.precision,
         name=args.name,
         force=args.force,
-        check=not args.no_check,
+        check=CHECKS[args.check],
         onnx=args.onnx,
         mapping=GraphMapping.load(args.mapping) if args.mapping else None,
     )

@@ -90,7 +90,8 @@ def _text(text: dict[str, Any]) -> str:
 
 
 def _check(check: dict[str, Any]) -> str:
-    found = f"logits within {check['max_abs_diff']:.2g} of {check['against']} over {check['tokens']} tokens"
+    what = "each layer alone" if check.get("method") == "layers" else "logits"
+    found = f"{what} within {check['max_abs_diff']:.2g} of {check['against']} over {check['tokens']} tokens"
     return f"{found} (tolerance {check['tolerance']:.2g})"
 
 

@@ -141,6 +141,8 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
             "num_local_experts": 0,
             "num_experts_per_tok": 0,
             "shared_intermediate_size": 48,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
             "layer_types": ["attention"] * 3,
             **more,
         }

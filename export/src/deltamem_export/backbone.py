@@ -100,6 +100,7 @@ class Backbone:
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not _finite(tensor):
                 raise ExportError(f"{directory}: weight {name} holds NaN or infinity; the backbone's files are damaged")
+        _settle_embedding_scale(model)
         return cls(directory, config, model.eval().requires_grad_(False))
 
     @cached_property
@@ -143,6 +144,15 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         hasher.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return str(hasher.hexdigest())
+
+
+def _settle_embedding_scale(model: Any) -> None:
+    """Gemma multiplies its embeddings by a number that it rounds to the embeddings' type. Rounded here, it stays the same
+    number when the weights are widened."""
+    embeddings = model.get_input_embeddings()
+    scale = getattr(embeddings, "embed_scale", None)
+    if scale is not None:
+        embeddings.embed_scale = scale.to(embeddings.weight.dtype).float()
 
 
 def _finite(tensor: torch.Tensor) -> bool:

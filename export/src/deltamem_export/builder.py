@@ -1,5 +1,5 @@
-"""Runs the model builder of onnxruntime-genai on a loaded backbone, and works around what it gets wrong for
-families we support. It writes an ONNX decoder without a memory; whether that decoder is right is for
+"""Runs the model builder of onnxruntime-genai on a loaded backbone, with what it gets wrong put right
+(`corrections.py`). It writes an ONNX decoder without a memory; whether that decoder is right is for
 `check.py` to say.
 """
 
@@ -11,7 +11,7 @@ import importlib
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,66 +19,81 @@ from typing import Any
 import onnxruntime_genai.models
 
 from deltamem_export.backbone import Backbone
+from deltamem_export.corrections import corrected, prepare_config, untouched
 from deltamem_export.errors import ExportError
+from deltamem_export.families import FAMILIES
 from deltamem_export.precision import Precision
+from deltamem_export.streaming import save_streaming, streamed
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 
-def build(backbone: Backbone, directory: Path, precision: Precision) -> Path:
-    """Writes `model.onnx` and `model.onnx.data` into an existing directory and returns the path of the first.
+def build(
+    backbone: Backbone,
+    directory: Path,
+    precision: Precision,
+    say: Callable[[str], None] = lambda _: None,
+    correct: bool = True,
+) -> Path:
+    """Writes `model.onnx` and `model.onnx.data` into a directory and returns the path of the first.
+
+    Args:
+        backbone: the decoder.
+        directory: made if it is not there.
+        precision: of the weights and the arithmetic; the KV cache is left in the activations' type.
+        say: gets a line for every eighth of the layers.
+        correct: False: as the builder alone makes it, for a look at what it gets wrong.
 
     Raises:
         ExportError: the builder fails on this backbone.
+        OSError: the files cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # The builder has a graph per execution provider. Its fp16 graph for a CPU has no GroupQueryAttention; the
     # one for CUDA has, and with q and k norms left as nodes of their own it runs on both.
-    provider = "cuda" if precision.name == "fp16" else "cpu"
-    options: dict[str, Any] = {"windowed_kv_cache": False, "fuse_qk_norm_gqa": False}
-    if precision.name == "int4":
-        options |= {"block_size": precision.block_size, "accuracy_level": precision.accuracy_level}
+    provider = "cuda" if precision.name in ("fp16", "bf16") else "cpu"
+    options: dict[str, Any] = {"windowed_kv_cache": False, "fuse_qk_norm_gqa": False, **_quantisation(precision)}
     said = io.StringIO()
     try:
         with _builder_modules() as main, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            model_class = _cured(getattr(main, _CLASSES[backbone.geometry.architecture]))
+            family = FAMILIES[backbone.geometry.architecture]
+            model_class = getattr(main, family.builder)
+            if correct:
+                model_class = corrected(model_class, family)
+            model_class = streamed(model_class)
             io_dtype = main.set_io_dtype(precision.name, provider, options)
             onnx_dtype = main.set_onnx_dtype(precision.name, options)
             config = copy.deepcopy(backbone.config)
             config._name_or_path = str(backbone.directory)
+            if correct:
+                prepare_config(config, family)
             made = model_class(config, io_dtype, onnx_dtype, provider, str(directory / "cache"), options)
             made.load_weights = lambda _path: backbone.model
-            made.make_model(str(backbone.directory))
-            made.save_model(str(directory))
+            with untouched(backbone.model):
+                made.make_model(str(backbone.directory))
+            made.stamp_build_metadata(made.model)
     except Exception as error:
         last = said.getvalue().strip().splitlines()[-1:] or ["nothing"]
         raise ExportError(
             f"{backbone.directory}: onnxruntime-genai's builder failed with {type(error).__name__}: {error} "
             f"(it last said: {last[0]})"
         ) from error
+    save_streaming(made, backbone.model, directory / MODEL_FILE, say)
     return directory / MODEL_FILE
 
 
-_CLASSES = {"LlamaForCausalLM": "LlamaModel", "Qwen3ForCausalLM": "Qwen3Model", "SmolLM3ForCausalLM": "SmolLM3Model"}
-
-
-def _cured(model_class: type[Any]) -> type[Any]:
-    """SmolLM3: on a layer without RoPE the builder turns off fused RoPE and then asks for position ids that
-    the graph does not have. Saying that the layer has no RoPE at all is what it needs."""
-    if model_class.__name__ != "SmolLM3Model":
-        return model_class
-
-    class SmolLM3(model_class):  # type: ignore[misc]
-        def make_attention(self, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
-            rope = self.attention_attrs["rope"]
-            self.attention_attrs["rope"] = bool(self.no_rope_layers[layer_id])
-            try:
-                super().make_attention(layer_id, attention, root_input, **kwargs)
-            finally:
-                self.attention_attrs["rope"] = rope
-
-    return SmolLM3
+def _quantisation(precision: Precision) -> dict[str, Any]:
+    """The builder's options for weights in blocks."""
+    if not precision.quantised:
+        return {}
+    return {
+        "block_size": precision.block_size,
+        "accuracy_level": precision.accuracy_level,
+        "is_symmetric": precision.symmetric,
+        "algo_config": precision.algorithm,
+        "op_types_to_quantize": ("MatMul", "Gather") if precision.embeddings else ("MatMul",),
+    }
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ class _Corrected:
         self._rope = has_rope(config, self.family)
         self._layer_id = 0
         super().__init__(config, *args)
+        self.__dict__.pop("is_local", None)  # GPT-OSS: set by the number of the layer, whatever layer_types says
         # Several tables of RoPE: by type of layer, where the family has one for each.
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = list(getattr(config, "layer_types", None) or [])
@@ -148,6 +149,7 @@ class _Corrected:
 
     def make_layernorm(self, layer_id: int, layernorm: nn.Module, skip: bool, simple: bool, location: str) -> None:
         del simple
+        _widen(layernorm)
         kept = self.layernorm_attrs["epsilon"]
         self.layernorm_attrs["epsilon"] = _epsilon(layernorm)
         try:
@@ -158,7 +160,10 @@ class _Corrected:
     def make_attention_qk_norm(self, layer_id: int, attention: Any) -> None:
         kept = self.layernorm_attrs["epsilon"]
         if self.attention_attrs["q_norm"]:
-            self.layernorm_attrs["epsilon"] = self.attention_attrs["qk_norm_epsilon"] = _epsilon(attention.q_norm)
+            q_norm, k_norm = _qk_norms(attention)
+            _widen(q_norm)
+            _widen(k_norm)
+            self.layernorm_attrs["epsilon"] = self.attention_attrs["qk_norm_epsilon"] = _epsilon(q_norm)
         try:
             super().make_attention_qk_norm(layer_id, attention)  # type: ignore[misc]
         finally:
@@ -227,7 +232,36 @@ class _Nemotron:
         self.mlp_attrs["output_0"] = product("down_proj", f"{activated}/output_0")
 
 
-_SPECIAL: dict[str, type[Any]] = {"OlmoForCausalLM": _Olmo, "NemotronForCausalLM": _Nemotron}
+class _GptOss:
+    """The factor and the limit inside the experts' activation."""
+
+    moe_attrs: dict[str, Any]
+
+    def make_moe(self, layer_id: int, moe: Any, root_input: str) -> None:
+        self.moe_attrs["activation_alpha"] = float(moe.experts.alpha)
+        self.moe_attrs["swiglu_limit"] = float(moe.experts.limit)
+        super().make_moe(layer_id, moe, root_input)  # type: ignore[misc]
+
+
+class _Lfm2:
+    """Biases of the products before and behind a convolution."""
+
+    def make_matmul(self, matmul: Any, basename: str, root_input: str, **kwargs: Any) -> str:
+        made: Any = self
+        name = str(super().make_matmul(matmul, basename, root_input, **kwargs))  # type: ignore[misc]
+        if "/conv/" not in basename or matmul.bias is None:
+            return name
+        add = basename.replace("/MatMul", "/Add")
+        made.make_add_bias(matmul.bias, add, root_input=f"{name}/output_0")
+        return add
+
+
+_SPECIAL: dict[str, type[Any]] = {
+    "OlmoForCausalLM": _Olmo,
+    "NemotronForCausalLM": _Nemotron,
+    "Lfm2ForCausalLM": _Lfm2,
+    "GptOssForCausalLM": _GptOss,
+}
 
 
 def _epsilon(norm: nn.Module) -> float:
@@ -242,6 +276,20 @@ def _epsilon(norm: nn.Module) -> float:
 
 def _subtracts_mean(norm: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm) or type(norm).__name__ == "OlmoLayerNorm"
+
+
+def _widen(norm: nn.Module) -> None:
+    """Some families add 1 to a norm's weights, which 16 bits would round."""
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.dtype != torch.float32:
+        norm.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
+
+
+def _qk_norms(attention: Any) -> tuple[nn.Module, nn.Module]:
+    """HunYuan calls them otherwise."""
+    if getattr(attention, "query_layernorm", None) is not None:
+        return attention.query_layernorm, attention.key_layernorm
+    return attention.q_norm, attention.k_norm
 
 
 def _split(linear: nn.Linear, widths: list[int]) -> list[nn.Linear]:

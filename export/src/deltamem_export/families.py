@@ -182,7 +182,7 @@ FAMILIES: dict[str, Family] = {
             "lfm2",
             "LFM2Model",
             "LFM 2 (dense)",
-            "",
+            "biases of the convolutions' projections were dropped",
             "convolutions between the attention layers, carried as `past.{i}.conv`; memory on the attention layers",
         ),
         Family(
@@ -190,7 +190,7 @@ FAMILIES: dict[str, Family] = {
             "gpt_oss",
             "GPTOSSModel",
             "GPT-OSS",
-            "",
+            "windows went by odd and even layers, whatever `layer_types` says",
             "attention sinks; windows; a mixture of experts",
             windows="types",
         ),

@@ -17,7 +17,7 @@ from deltamem_export.errors import ExportError
 from deltamem_export.external import save_sharing
 from deltamem_export.island import Island
 from deltamem_export.nodes import Nodes, add_input, name_of
-from deltamem_export.structure import PROJECTIONS, GraphFacts, Site, find_attention, read_facts
+from deltamem_export.structure import PROJECTIONS, FindAttentions, GraphFacts, Site, find_attentions, read_facts
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -34,7 +34,13 @@ class _Placed:
 
 
 def graft(
-    source: Path, target: Path, adapter: Adapter, layers: Sequence[int], head_dim: int, measured: Path | None = None
+    source: Path,
+    target: Path,
+    adapter: Adapter,
+    layers: Sequence[int],
+    head_dim: int,
+    measured: Path | None = None,
+    find: FindAttentions = find_attentions,
 ) -> GraphFacts:
     """Writes the grafted graph of `source` to `target` with its weights in `<target>.data` beside it.
 
@@ -46,14 +52,16 @@ def graft(
         axis.
         head_dim: the width of one attention head, which the builder leaves open in the KV cache's shape.
         measured: where to write the same graph with the output `delta_energy`; it shares the weights' file.
+        find: finds the attentions in the graph; for a graph of the builder's if not given.
 
     Raises:
         ExportError: the graph does not have the structure that the graft needs.
     """
     model = ir.load(source)
-    corrections = _graft(model, adapter, layers)
+    corrections = _graft(model, adapter, layers, find)
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if name_of(value).startswith(("past_key_values.", "present.")) and value.shape is not None:
+        own_cache = name_of(value).startswith(("past_key_values.", "present.")) and name_of(value).endswith((".key", ".value"))
+        if own_cache and value.shape is not None:
             value.shape = ir.Shape([*value.shape[:3], head_dim])
     save_sharing(model, target, source.with_name(f"{source.name}.data"))
     facts = read_facts(model)
@@ -67,11 +75,11 @@ def graft(
     return facts
 
 
-def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int]) -> list[dict[str, _Placed]]:
+def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int], find: FindAttentions) -> list[dict[str, _Placed]]:
     """Grafts in place. Returns what was placed where, for each memory layer and delta head."""
     graph = model.graph
     config = adapter.config
-    found = {i: find_attention(graph, i) for i in layers}
+    found = find(graph, layers)
 
     _input_ids_to_int32(graph)
     _gather_rows_before_lm_head(graph)
@@ -185,14 +193,15 @@ def _measure(model: ir.Model, config: AdapterConfig, placed: Sequence[Mapping[st
 
 
 def _input_ids_to_int32(graph: ir.Graph) -> None:
-    for value in graph.inputs:
-        if value.name == "input_ids":
-            for use in value.uses():
-                if use.node.op_type not in ("Gather", "GatherBlockQuantized", "Shape"):
-                    raise ExportError(f"input_ids feeds {use.node.op_type}, which the graft does not know with int32")
-            value.type = ir.TensorType(ir.DataType.INT32)
-            return
-    raise ExportError("the built graph has no input input_ids")
+    ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+    if ids is None:
+        raise ExportError("the graph has no input input_ids")
+    strange = [use for use in ids.uses() if use.node.op_type not in ("Gather", "GatherBlockQuantized", "Shape")]
+    if strange:
+        wide = Nodes(graph, "/deltamem")("Cast", ids, name="input_ids", to=ir.DataType.INT64.value)
+        for use in strange:
+            use.node.replace_input_with(use.idx, wide)
+    ids.type = ir.TensorType(ir.DataType.INT32)
 
 
 def _gather_rows_before_lm_head(graph: ir.Graph) -> None:

@@ -4,7 +4,7 @@ which. Names count for inputs and outputs alone. It changes nothing and knows no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -13,12 +13,39 @@ from deltamem_export.errors import ExportError
 from deltamem_export.nodes import int_attribute, name_of
 
 _FLOAT = ir.DataType.FLOAT
+# What a cache or another state may be kept as, under the manifest's names.
+_KINDS = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT8: "int8",
+}
 PROJECTIONS = frozenset({"MatMul", "MatMulNBits"})
-# Between a projection and the attention there may be a bias, the split of a packed projection, norms of q and
-# k, and RoPE.
+# Between a projection and the attention there may be a bias, the split of a packed projection, a clip, norms of q and k,
+# and RoPE.
 _ON_THE_WAY = frozenset(
-    {"Add", "Split", "Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RotaryEmbedding", "Transpose"}
+    {
+        "Add",
+        "Clip",
+        "Split",
+        "Reshape",
+        "SimplifiedLayerNormalization",
+        "LayerNormalization",
+        "RotaryEmbedding",
+        "Transpose",
+    }
 )
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """What a layer carries inside a turn besides a KV cache: the names of an input and an output, and the shape behind
+    the batch axis."""
+
+    input: str
+    output: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -29,6 +56,7 @@ class GraphFacts:
     kv_dtype: str
     shared_kv: bool
     position_ids: bool
+    states: tuple[StateFacts, ...] = ()
     span_width: int | None = None  # W, where writes are of spans
 
 
@@ -45,9 +73,16 @@ class Site:
 class Attention:
     """One layer's attention as found in the graph."""
 
-    node: ir.Node
     hidden: ir.Value
     sites: Mapping[str, Site]
+
+
+FindAttentions = Callable[[ir.Graph, Sequence[int]], Mapping[int, Attention]]
+
+
+def find_attentions(graph: ir.Graph, layers: Sequence[int]) -> dict[int, Attention]:
+    """The attention of each of `layers` in a graph that the builder wrote."""
+    return {i: find_attention(graph, i) for i in layers}
 
 
 def find_attention(graph: ir.Graph, i: int) -> Attention:
@@ -81,7 +116,7 @@ def find_attention(graph: ir.Graph, i: int) -> Attention:
     if any(value is not hidden[0] for value in hidden) or hidden[0] is None:
         raise ExportError(f"layer {i}: q, k and v are not projected from one value; the built graph cannot be grafted")
     sites["o"] = Site(_descend(node.outputs[0], i))
-    return Attention(node, hidden[0], sites)
+    return Attention(hidden[0], sites)
 
 
 def _climb(value: ir.Value | None, i: int, p: str) -> tuple[ir.Value, ir.Node]:
@@ -144,8 +179,31 @@ def read_facts(model: ir.Model) -> GraphFacts:
     prefix, suffix = "past_key_values.", ".key"
     layers = sorted(int(n[len(prefix) : -len(suffix)]) for n in inputs if n.startswith(prefix) and n.endswith(suffix))
     dtype = inputs[f"{prefix}{layers[0]}{suffix}"].dtype
-    kv_dtype = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}.get(dtype or _FLOAT)
+    kv_dtype = _KINDS.get(dtype or _FLOAT)
     if kv_dtype is None:
-        raise ExportError(f"the built graph keeps its KV cache as {dtype}, expected float32 or float16")
+        raise ExportError(f"the built graph keeps its KV cache as {dtype}, expected one of {', '.join(_KINDS.values())}")
     attention = {n.op_type for n in model.graph if n.op_type in ("GroupQueryAttention", "MultiHeadAttention")}
-    return GraphFacts(tuple(layers), kv_dtype, attention == {"GroupQueryAttention"}, "position_ids" in inputs)
+    states = _states(model)
+    return GraphFacts(
+        tuple(layers), kv_dtype, attention == {"GroupQueryAttention"}, "position_ids" in inputs, states=states
+    )
+
+
+def _states(model: ir.Model) -> tuple[StateFacts, ...]:
+    """Inputs past.{i}.<what> with their outputs present.{i}.<what>."""
+    outputs = {name_of(v): v for v in model.graph.outputs}
+    found = []
+    for value in model.graph.inputs:
+        name = name_of(value)
+        if not name.startswith("past."):
+            continue
+        after = outputs.get(f"present.{name.removeprefix('past.')}")
+        sizes = list(value.shape)[1:] if value.shape is not None else []
+        dtype = _KINDS.get(value.dtype or _FLOAT)
+        if after is None or after.dtype != value.dtype or not all(isinstance(size, int) for size in sizes) or not dtype:
+            raise ExportError(
+                f"the built graph carries {name} as {value.dtype} {value.shape}, expected a float type, known sizes and an "
+                f"output present.{name.removeprefix('past.')} of the same type"
+            )
+        found.append(StateFacts(name, name_of(after), dtype, tuple(int(size) for size in sizes)))
+    return tuple(found)

@@ -24,7 +24,17 @@ def parity_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def parity_bundle(parity_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def golden_case(parity_data: Path) -> Callable[[str], Path]:
+    """`golden_case("gemma2_tsw_qo")`: where a golden is, of the parity goldens or of those of other families."""
+
+    def find(case: str) -> Path:
+        return next(folder / case for folder in (parity_data, HERE / "data" / "families") if (folder / case).is_dir())
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def parity_bundle(golden_case: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`parity_bundle(case, precision="fp32")`: the path of that case's bundle, exported when first asked for."""
     made: dict[tuple[str, str], Path] = {}
 
@@ -36,7 +46,7 @@ def parity_bundle(parity_data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
             torch.set_num_threads(1)
             out = tmp_path_factory.mktemp("bundles") / f"{case}-{precision}"
-            source = parity_data / case
+            source = golden_case(case)
             made[case, precision] = export_bundle(
                 source / "backbone", source / "adapter", out, precision, say=lambda _: None
             )

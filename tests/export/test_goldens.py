@@ -16,7 +16,14 @@ from deltamem_export.adapter import Adapter
 from deltamem_export.reference import MemoryHandle, attach
 from grafted import Grafted
 
-CASES = ("qwen3_tsw_qo", "smollm3_tsw_qo", "llama_tsw_qo")
+CASES = (
+    "qwen3_tsw_qo",
+    "smollm3_tsw_qo",
+    "llama_tsw_qo",
+    "phi3_tsw_qkvo",
+    "gemma2_tsw_qo",
+    "mistral_window_tsw_qo",
+)
 LOGITS, STATES = 1e-4, 1e-5
 
 
@@ -64,14 +71,14 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def golden(case: str, parity_data: Path) -> dict[str, np.ndarray]:
-    with np.load(parity_data / case / "golden.npz") as arrays:
+def golden(case: str, golden_case) -> dict[str, np.ndarray]:
+    with np.load(golden_case(case) / "golden.npz") as arrays:
         return dict(arrays)
 
 
 @pytest.fixture(params=["reference", "grafted"], scope="module")
-def stream(request: pytest.FixtureRequest, case: str, parity_data: Path, parity_bundle: Callable[..., Path]) -> Stream:
-    return Reference(parity_data / case) if request.param == "reference" else Grafted(parity_bundle(case))
+def stream(request: pytest.FixtureRequest, case: str, golden_case, parity_bundle: Callable[..., Path]) -> Stream:
+    return Reference(golden_case(case)) if request.param == "reference" else Grafted(parity_bundle(case))
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +140,10 @@ def test_reading_alone(stream, golden) -> None:
     assert np.array_equal(state(stream), before), "a memory that may not be written changed"
 
 
-def test_inside_the_first_layer(case, golden, parity_data) -> None:
+def test_inside_the_first_layer(case, golden, golden_case) -> None:
     if "dbg_turn0_beta" not in golden:
         pytest.skip(f"{case} has no arrays from inside a layer")
-    reference = Reference(parity_data / case)
+    reference = Reference(golden_case(case))
     reference.handle.record = True
     reads = []
     scan = reference.handle.scan

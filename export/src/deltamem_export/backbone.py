@@ -23,6 +23,7 @@ from deltamem_export.decoder import attention_shapes
 from deltamem_export.errors import ExportError, first_line
 from deltamem_export.families import check_settings, context_length, find_family, head_dim
 
+
 @dataclass(frozen=True)
 class Geometry:
     """The sizes that the bundle's manifest records of a backbone."""

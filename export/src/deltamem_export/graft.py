@@ -60,7 +60,9 @@ def graft(
     model = ir.load(source)
     corrections = _graft(model, adapter, layers, find)
     for value in (*model.graph.inputs, *model.graph.outputs):
-        own_cache = name_of(value).startswith(("past_key_values.", "present.")) and name_of(value).endswith((".key", ".value"))
+        own_cache = name_of(value).startswith(("past_key_values.", "present.")) and name_of(value).endswith(
+            (".key", ".value")
+        )
         if own_cache and value.shape is not None:
             value.shape = ir.Shape([*value.shape[:3], head_dim])
     save_sharing(model, target, source.with_name(f"{source.name}.data"))

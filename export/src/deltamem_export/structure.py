@@ -181,7 +181,9 @@ def read_facts(model: ir.Model) -> GraphFacts:
     dtype = inputs[f"{prefix}{layers[0]}{suffix}"].dtype
     kv_dtype = _KINDS.get(dtype or _FLOAT)
     if kv_dtype is None:
-        raise ExportError(f"the built graph keeps its KV cache as {dtype}, expected one of {', '.join(_KINDS.values())}")
+        raise ExportError(
+            f"the built graph keeps its KV cache as {dtype}, expected one of {', '.join(_KINDS.values())}"
+        )
     attention = {n.op_type for n in model.graph if n.op_type in ("GroupQueryAttention", "MultiHeadAttention")}
     states = _states(model)
     return GraphFacts(

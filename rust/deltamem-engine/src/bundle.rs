@@ -19,6 +19,9 @@ const FORMAT: &str = "deltamem-bundle";
 const MAX_MANIFEST: u64 = 16 << 20;
 /// No size in a manifest may be larger, so that products of a few of them cannot overflow.
 const MAX_SIZE: usize = 1 << 24;
+/// Extra states that a turn may carry, and how many sizes the shape of one may have.
+const MAX_STATES: usize = 4096;
+const MAX_STATE_RANK: usize = 6;
 
 /// How much of a bundle is checked before any of it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -152,6 +155,21 @@ pub enum DeltaHead {
 pub enum WriteGranularity {
     /// Each token writes.
     Token,
+    /// The mean over a message writes.
+    Message,
+    /// The mean over a sentence writes.
+    Sentence,
+}
+
+impl WriteGranularity {
+    /// The word for it: `token`, `message` or `sentence`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Token => "token",
+            Self::Message => "message",
+            Self::Sentence => "sentence",
+        }
+    }
 }
 
 /// The graph's files and its KV cache.
@@ -164,12 +182,57 @@ pub struct Graph {
     pub measured_file: Option<String>,
     /// The layers with a KV cache, ascending.
     pub kv_layers: Vec<usize>,
-    /// The cache's element type: `float32`, `float16` or `bfloat16`.
-    pub kv_dtype: String,
-    /// Whether one buffer may be bound as past and as present.
+    /// The cache's element type.
+    pub kv_dtype: ElementType,
+    /// Whether one buffer may be bound as past and as present. Otherwise they are two, of exactly the tokens that there are.
     pub shared_kv: bool,
     /// Whether the graph wants `position_ids`.
     pub position_ids: bool,
+    /// What else a layer carries inside a turn.
+    #[serde(default)]
+    pub states: Vec<TurnState>,
+    /// W, the numbers that one layer gathers for a span; `None` where each token writes.
+    #[serde(default)]
+    pub span_width: Option<usize>,
+}
+
+/// A type of numbers in the graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum ElementType {
+    /// 32-bit floats.
+    Float32,
+    /// 16-bit floats (IEEE).
+    Float16,
+    /// 16-bit floats with the exponent of 32-bit ones.
+    Bfloat16,
+    /// 8-bit integers.
+    Int8,
+}
+
+impl ElementType {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Float32 => 4,
+            Self::Float16 | Self::Bfloat16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+}
+
+/// What a layer carries inside a turn beside keys and values, such as the tail of a convolution. Zeros at the start of a turn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TurnState {
+    /// The graph's input.
+    pub input: String,
+    /// The graph's output, the next call's input.
+    pub output: String,
+    /// Its numbers: `float32`, `float16` or `bfloat16`.
+    pub dtype: ElementType,
+    /// Its shape, without the batch in front.
+    pub shape: Vec<usize>,
 }
 
 /// Special tokens by id.
@@ -219,8 +282,26 @@ pub struct Check {
     pub tokens: u64,
     /// The largest difference in the logits.
     pub max_abs_diff: f64,
+    /// The mean difference.
+    #[serde(default)]
+    pub mean_abs_diff: Option<f64>,
     /// The largest that was allowed.
     pub tolerance: f64,
+    /// What was compared.
+    #[serde(default)]
+    pub method: CheckMethod,
+}
+
+/// What the exporter compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum CheckMethod {
+    /// The logits of the whole model.
+    #[default]
+    Whole,
+    /// Layer by layer on sampled inputs.
+    Layers,
 }
 
 /// Why a directory cannot be used as a bundle.
@@ -518,6 +599,8 @@ fn check_consistency(manifest: &Manifest) -> Result<Geometry, BundleError> {
         &manifest.graph.kv_layers,
         manifest.backbone.num_layers,
     )?;
+    check_spans(manifest)?;
+    check_states(&manifest.graph.states)?;
     check_tokens(manifest)?;
     check_names(manifest)?;
     Ok(geometry)
@@ -565,6 +648,67 @@ fn check_memory(memory: &Memory, backbone: &Backbone) -> Result<Geometry, Bundle
         ));
     }
     Ok(geometry)
+}
+
+fn check_spans(manifest: &Manifest) -> Result<(), BundleError> {
+    let granularity = manifest.memory.write_granularity;
+    let expected = match (granularity, manifest.graph.span_width) {
+        (WriteGranularity::Token, Some(_)) => "null".to_owned(),
+        (WriteGranularity::Token, None) | (_, Some(1..=MAX_SIZE)) => return Ok(()),
+        (..) => format!("1 to {MAX_SIZE}"),
+    };
+    let found = manifest.graph.span_width;
+    Err(inconsistent(
+        "graph.span_width",
+        found.map_or_else(|| "null".to_owned(), |width| width.to_string()),
+        format!(
+            "{expected}, since memory.write_granularity is {}",
+            granularity.as_str()
+        ),
+    ))
+}
+
+fn check_states(states: &[TurnState]) -> Result<(), BundleError> {
+    if states.len() > MAX_STATES {
+        return Err(inconsistent(
+            "graph.states",
+            format!("{} states", states.len()),
+            format!("at most {MAX_STATES}"),
+        ));
+    }
+    let mut names = std::collections::BTreeSet::new();
+    for (index, state) in states.iter().enumerate() {
+        for (part, name) in [("input", &state.input), ("output", &state.output)] {
+            if name.is_empty() || name.contains('\0') || !names.insert(name) {
+                return Err(inconsistent(
+                    &format!("graph.states[{index}].{part}"),
+                    format!("{name:.80?}"),
+                    "a name of the graph that no other state has",
+                ));
+            }
+        }
+        if state.dtype == ElementType::Int8 {
+            return Err(inconsistent(
+                &format!("graph.states[{index}].dtype"),
+                "int8",
+                "float32, float16 or bfloat16",
+            ));
+        }
+        let numbers = state
+            .shape
+            .iter()
+            .try_fold(1_usize, |product, &dim| product.checked_mul(dim));
+        if state.shape.len() > MAX_STATE_RANK
+            || numbers.is_none_or(|numbers| numbers == 0 || numbers > MAX_SIZE)
+        {
+            return Err(inconsistent(
+                &format!("graph.states[{index}].shape"),
+                format!("{:.200}", format!("{:?}", state.shape)),
+                format!("at most {MAX_STATE_RANK} sizes, 1 to {MAX_SIZE} numbers in all"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn ascending(field: &str, layers: &[usize], num_layers: usize) -> Result<(), BundleError> {

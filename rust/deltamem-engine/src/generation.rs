@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::{EngineError, Result};
 use crate::sampling::SamplingOptions;
-use crate::session::{DeltaEnergy, FeedOptions, Interrupt, Session};
+use crate::session::{DeltaEnergy, Interrupt, Session};
+use crate::spans::{Spans, Writes};
 use crate::text::{StopScan, StopScanner, TextStream};
 
 /// How a reply is made.
@@ -84,6 +85,7 @@ impl GenerationStats {
 pub struct Generation {
     options: GenerationOptions,
     prompt: Vec<i32>,
+    prompt_writes: Writes,
     eos: Vec<i32>,
     epoch: u64,
     prompt_read: bool,
@@ -98,15 +100,18 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// Prepares a reply. Nothing is computed before the first [`Generation::next`].
+    /// Prepares a reply. Nothing is computed before the first [`Generation::next`]. `spans` is what the prompt writes; sampled tokens
+    /// are written one by one.
     ///
     /// # Errors
-    /// A [`SamplingError`](crate::sampling::SamplingError) for an option out of range; [`EngineError::Session`] when there is neither a
+    /// [`EngineError::Value`] for spans that do not fit the prompt, or that a span bundle needs for it;
+    /// a [`SamplingError`](crate::sampling::SamplingError) for an option out of range; [`EngineError::Session`] when there is neither a
     /// prompt nor anything in the turn to go on from, or when stop texts are asked of a bundle without a tokenizer;
     /// [`EngineError::TokenOutOfRange`] and [`EngineError::ContextLength`] for the prompt.
     pub fn new(
         session: &mut Session,
         prompt: Vec<i32>,
+        spans: &Spans<'_>,
         options: GenerationOptions,
         interrupt: Interrupt<'_>,
     ) -> Result<Self> {
@@ -123,6 +128,11 @@ impl Generation {
         }
         let model = std::sync::Arc::clone(session.model());
         model.check_tokens(&prompt)?;
+        let prompt_writes = match spans {
+            // There is nothing to write, so nothing has to be said about it.
+            Spans::Unsaid if prompt.is_empty() => Writes::Nothing,
+            spans => session.writes(spans, prompt.len(), options.write)?,
+        };
         let stream = match model.text() {
             Ok(text) => Some(text.stream()),
             Err(error) if !options.stop.is_empty() => return Err(error),
@@ -150,6 +160,7 @@ impl Generation {
                 ..GenerationStats::default()
             },
             prompt,
+            prompt_writes,
             prompt_read: false,
             stream,
             text: String::new(),
@@ -234,12 +245,7 @@ impl Generation {
         if self.prompt_read {
             session.read_pending(energy, interrupt)?;
         } else {
-            let options = FeedOptions {
-                write: self.options.write,
-                logits: None,
-                energy,
-            };
-            session.read(&self.prompt, options, interrupt)?;
+            session.read(&self.prompt, &self.prompt_writes, None, energy, interrupt)?;
             self.prompt_read = true;
         }
         if session.position() >= session.model().context_length() {

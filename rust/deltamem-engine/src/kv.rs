@@ -1,6 +1,7 @@
-//! The KV cache of one turn: one buffer a layer for keys and one for values, [1, kv heads, capacity, head dim], bound as past and as
-//! present of the same run, so that attention writes the new rows in place and nothing is copied from step to step. It grows by
-//! doubling. Dropped at the end of a turn; it knows nothing of the memory that stays.
+//! The KV cache of one turn: one buffer a layer for keys and one for values. Shared, they are [1, kv heads, capacity, head dim], bound as
+//! past and as present of the same run, so that attention writes the new rows in place and nothing is copied from step to step. Where
+//! the graph cannot do that there are two of each that take turns, past with exactly the rows that there are and present with the new
+//! ones behind them. Both grow by doubling. Dropped at the end of a turn; it knows nothing of the memory that stays.
 
 use crate::error::{EngineError, Result};
 
@@ -20,6 +21,8 @@ pub(crate) struct KvLayout {
     pub(crate) element_bytes: usize,
     /// The most tokens that a turn may hold.
     pub(crate) context: usize,
+    /// Whether one buffer is past and present at once.
+    pub(crate) shared: bool,
 }
 
 impl KvLayout {
@@ -43,6 +46,17 @@ pub(crate) struct KvCache {
     written: usize,
     /// `u64` words, so that every element type is aligned.
     buffers: Vec<Vec<u64>>,
+    /// Where the next run writes, when past and present are two.
+    presents: Vec<Vec<u64>>,
+}
+
+/// One of the cache's tensors in a run.
+#[derive(Debug)]
+pub(crate) enum KvTensor<'a> {
+    /// Past and present at once.
+    Shared(&'a mut [u8]),
+    /// Past, and present behind it in a buffer of its own.
+    Separate(&'a mut [u8], &'a mut [u8]),
 }
 
 impl KvCache {
@@ -54,6 +68,7 @@ impl KvCache {
             len: 0,
             written: 0,
             buffers: vec![Vec::new(); layout.buffers],
+            presents: vec![Vec::new(); if layout.shared { 0 } else { layout.buffers }],
         };
         cache.reserve(1)?;
         Ok(cache)
@@ -71,7 +86,11 @@ impl KvCache {
 
     /// Bytes that the cache holds.
     pub(crate) fn bytes(&self) -> usize {
-        self.buffers.iter().map(|buffer| buffer.len() * 8).sum()
+        self.buffers
+            .iter()
+            .chain(&self.presents)
+            .map(|buffer| buffer.len() * 8)
+            .sum()
     }
 
     /// Makes room for `more` tokens behind the present ones.
@@ -96,8 +115,13 @@ impl KvCache {
                 "a KV cache of {capacity} tokens is larger than this machine can address"
             ))
         })?;
-        let row = self.layout.head_dim * self.layout.element_bytes;
-        let (old_head, new_head, used) = (self.capacity * row, capacity * row, self.len * row);
+        let row = self.row();
+        // Separate caches have exactly their rows, so heads lie one behind the other at any capacity.
+        let (old_head, new_head, used) = if self.layout.shared {
+            (self.capacity * row, capacity * row, self.len * row)
+        } else {
+            (self.len * row, self.len * row, self.len * row)
+        };
         let mut grown = Vec::with_capacity(self.buffers.len());
         for old in &self.buffers {
             let mut new = zeroed_words(bytes.div_ceil(8))?;
@@ -110,57 +134,110 @@ impl KvCache {
             }
             grown.push(new);
         }
+        let presents = self
+            .presents
+            .iter()
+            .map(|_| zeroed_words(bytes.div_ceil(8)))
+            .collect::<Result<Vec<_>>>()?;
         self.buffers = grown;
+        self.presents = presents;
         self.capacity = capacity;
         self.written = self.len;
         Ok(())
     }
 
-    /// The buffers, in the order key, value of each layer, as bytes: [1, heads, capacity, head dim] each.
-    pub(crate) fn buffers_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        let bytes = self.layout.buffer_bytes(self.capacity).unwrap_or(0);
-        self.buffers
-            .iter_mut()
-            .map(move |buffer| &mut bytemuck::cast_slice_mut::<u64, u8>(buffer)[..bytes])
+    /// The shapes of past and of present in a run of `tokens` tokens, for which there is room.
+    pub(crate) fn shapes(&self, tokens: usize) -> [[usize; 4]; 2] {
+        let rows = if self.layout.shared {
+            [self.capacity, self.capacity]
+        } else {
+            [self.len, self.len + tokens]
+        };
+        rows.map(|rows| [1, self.layout.heads, rows, self.layout.head_dim])
     }
 
-    /// The shape of every buffer.
-    pub(crate) fn shape(&self) -> [usize; 4] {
-        [1, self.layout.heads, self.capacity, self.layout.head_dim]
+    /// The tensors of a run of `tokens` tokens, in the order key, value of each layer. The run may write them whether or not it
+    /// succeeds.
+    pub(crate) fn tensors_mut(&mut self, tokens: usize) -> Vec<KvTensor<'_>> {
+        self.written = self.written.max(self.len + tokens);
+        let bytes = self
+            .shapes(tokens)
+            .map(|shape| shape.iter().product::<usize>() * self.layout.element_bytes);
+        if self.layout.shared {
+            self.buffers
+                .iter_mut()
+                .map(|buffer| KvTensor::Shared(&mut bytemuck::cast_slice_mut::<u64, u8>(buffer)[..bytes[0]]))
+                .collect()
+        } else {
+            self.buffers
+                .iter_mut()
+                .zip(&mut self.presents)
+                .map(|(past, present)| {
+                    KvTensor::Separate(
+                        &mut bytemuck::cast_slice_mut::<u64, u8>(past)[..bytes[0]],
+                        &mut bytemuck::cast_slice_mut::<u64, u8>(present)[..bytes[1]],
+                    )
+                })
+                .collect()
+        }
     }
 
-    /// Says that a run is about to write rows up to `len`, whether or not it succeeds.
-    pub(crate) fn note_writing(&mut self, len: usize) {
-        self.written = self.written.max(len);
+    /// A run of `tokens` tokens has succeeded: they count from here on.
+    pub(crate) fn advance(&mut self, tokens: usize) {
+        debug_assert!(self.len + tokens <= self.capacity);
+        if !self.layout.shared {
+            std::mem::swap(&mut self.buffers, &mut self.presents);
+        }
+        self.len += tokens;
     }
 
-    /// Sets how many tokens count: more after a run, fewer to take a failed call back.
-    pub(crate) fn set_len(&mut self, len: usize) {
-        debug_assert!(len <= self.capacity);
+    /// Lets only the first `len` tokens count, to take a failed call back.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        debug_assert!(len <= self.len);
+        if !self.layout.shared && len < self.len {
+            let (old_head, used) = (self.len * self.row(), len * self.row());
+            for buffer in &mut self.buffers {
+                let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer);
+                for head in 1..self.layout.heads {
+                    bytes.copy_within(head * old_head..head * old_head + used, head * used);
+                }
+            }
+        }
         self.len = len;
     }
 
     /// Wipes every row that was written, so that the buffers can serve another session.
     pub(crate) fn wipe(&mut self) {
-        let row = self.layout.head_dim * self.layout.element_bytes;
-        let (head_bytes, used) = (self.capacity * row, self.written * row);
-        for buffer in &mut self.buffers {
-            let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer);
-            for head in 0..self.layout.heads {
-                bytes[head * head_bytes..][..used].fill(0);
+        let used = self.written * self.row();
+        if self.layout.shared {
+            let head_bytes = self.capacity * self.row();
+            for buffer in &mut self.buffers {
+                let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer);
+                for head in 0..self.layout.heads {
+                    bytes[head * head_bytes..][..used].fill(0);
+                }
+            }
+        } else {
+            for buffer in self.buffers.iter_mut().chain(&mut self.presents) {
+                bytemuck::cast_slice_mut::<u64, u8>(buffer)[..self.layout.heads * used].fill(0);
             }
         }
         self.len = 0;
         self.written = 0;
     }
+
+    /// Bytes of one head's row.
+    fn row(&self) -> usize {
+        self.layout.head_dim * self.layout.element_bytes
+    }
 }
 
 /// Zeroed words; an allocation that the machine refuses is an error, not an abort.
-fn zeroed_words(words: usize) -> Result<Vec<u64>> {
+pub(crate) fn zeroed_words(words: usize) -> Result<Vec<u64>> {
     let mut buffer = Vec::new();
     buffer.try_reserve_exact(words).map_err(|_| {
         EngineError::Session(format!(
-            "no memory for a KV buffer of {} MiB; call end_turn() earlier, or use fewer sessions at once",
+            "no memory for a turn's buffer of {} MiB; call end_turn() earlier, or use fewer sessions at once",
             words.saturating_mul(8) >> 20
         ))
     })?;
@@ -173,73 +250,154 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    const LAYOUT: KvLayout = KvLayout {
-        buffers: 2,
-        heads: 3,
-        head_dim: 4,
-        element_bytes: 2,
-        context: 1000,
-    };
-
-    fn row(cache: &mut KvCache, buffer: usize, head: usize, token: usize) -> Vec<u8> {
-        let capacity = cache.capacity();
-        let bytes = cache.buffers_mut().nth(buffer).unwrap();
-        bytes[(head * capacity + token) * 8..][..8].to_vec()
+    /// Both kinds, of 2-byte and of 1-byte numbers.
+    fn layouts() -> Vec<KvLayout> {
+        [(true, 2), (true, 1), (false, 2), (false, 1)]
+            .map(|(shared, element_bytes)| KvLayout {
+                buffers: 2,
+                heads: 3,
+                head_dim: 4,
+                element_bytes,
+                context: 1000,
+                shared,
+            })
+            .into()
     }
 
-    fn fill(cache: &mut KvCache, token: usize) {
-        let capacity = cache.capacity();
-        cache.note_writing(token + 1);
-        for (b, bytes) in cache.buffers_mut().enumerate() {
-            for head in 0..3 {
-                bytes[(head * capacity + token) * 8..][..8]
-                    .fill(u8::try_from((b * 50 + head * 17 + token) % 251 + 1).unwrap());
+    fn mark(buffer: usize, head: usize, token: usize) -> u8 {
+        u8::try_from((buffer * 50 + head * 17 + token) % 251 + 1).unwrap()
+    }
+
+    /// What attention does: past stays, the new rows go behind it.
+    fn run(cache: &mut KvCache, tokens: usize) {
+        let (len, row, heads) = (cache.len, cache.row(), cache.layout.heads);
+        let [past_rows, rows] = cache.shapes(tokens).map(|shape| shape[2]);
+        for (b, tensor) in cache.tensors_mut(tokens).into_iter().enumerate() {
+            let present = match tensor {
+                KvTensor::Shared(both) => both,
+                KvTensor::Separate(past, present) => {
+                    for head in 0..heads {
+                        present[head * rows * row..][..past_rows * row]
+                            .copy_from_slice(&past[head * past_rows * row..][..past_rows * row]);
+                    }
+                    present
+                }
+            };
+            for head in 0..heads {
+                for token in len..len + tokens {
+                    present[(head * rows + token) * row..][..row].fill(mark(b, head, token));
+                }
             }
         }
-        cache.set_len(token + 1);
+    }
+
+    fn feed(cache: &mut KvCache, tokens: usize) {
+        cache.reserve(tokens).unwrap();
+        run(cache, tokens);
+        cache.advance(tokens);
+    }
+
+    fn assert_all_rows(cache: &mut KvCache) {
+        let (len, row) = (cache.len, cache.row());
+        let rows = cache.shapes(0)[0][2];
+        for (b, tensor) in cache.tensors_mut(0).into_iter().enumerate() {
+            let (KvTensor::Shared(past) | KvTensor::Separate(past, _)) = tensor;
+            for head in 0..3 {
+                for token in 0..len {
+                    assert_eq!(
+                        past[(head * rows + token) * row..][..row],
+                        vec![mark(b, head, token); row],
+                        "buffer {b}, head {head}, token {token} of {len}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
     fn growing_keeps_every_row() {
-        let mut cache = KvCache::new(LAYOUT).unwrap();
-        for token in 0..700 {
-            cache.reserve(1).unwrap();
-            fill(&mut cache, token);
+        for layout in layouts() {
+            let mut cache = KvCache::new(layout).unwrap();
+            for _ in 0..700 {
+                feed(&mut cache, 1);
+            }
+            assert_eq!((cache.capacity(), cache.len()), (1000, 700));
+            assert_all_rows(&mut cache);
         }
-        assert_eq!(cache.capacity(), 1000);
-        for (buffer, head, token) in [(0, 0, 0), (0, 2, 255), (1, 1, 256), (1, 2, 511), (0, 1, 699)] {
-            let expected = u8::try_from((buffer * 50 + head * 17 + token) % 251 + 1).unwrap();
-            assert_eq!(
-                row(&mut cache, buffer, head, token),
-                [expected; 8],
-                "buffer {buffer}, head {head}, token {token}"
+    }
+
+    #[test]
+    fn a_call_taken_back_leaves_the_rows_from_before() {
+        for layout in layouts() {
+            let mut cache = KvCache::new(layout).unwrap();
+            feed(&mut cache, 37);
+            // One that fails in its first run, in its third, and one that grew the buffers before it failed.
+            for (good, bad) in [(0, 5), (20, 9), (300, 1)] {
+                cache.reserve(good.max(1)).unwrap();
+                if good > 0 {
+                    feed(&mut cache, good / 2);
+                    feed(&mut cache, good - good / 2);
+                }
+                cache.reserve(bad).unwrap();
+                run(&mut cache, bad);
+                cache.truncate(37);
+                assert_all_rows(&mut cache);
+            }
+            feed(&mut cache, 3);
+            assert_eq!(cache.len(), 40);
+            assert_all_rows(&mut cache);
+        }
+    }
+
+    #[test]
+    fn a_turn_in_separate_caches_has_exactly_its_rows_and_does_not_allocate_each_step() {
+        let mut cache = KvCache::new(layouts()[2]).unwrap();
+        let mut seen = std::collections::HashSet::new();
+        for token in 0..256 {
+            cache.reserve(1).unwrap();
+            assert_eq!(cache.shapes(1), [[1, 3, token, 4], [1, 3, token + 1, 4]]);
+            seen.insert(cache.buffers[0].as_ptr());
+            feed(&mut cache, 1);
+        }
+        assert_eq!(seen.len(), 2);
+        assert_eq!(cache.bytes(), 4 * 256 * 3 * 4 * 2);
+    }
+
+    #[test]
+    fn a_wiped_cache_is_zero_everywhere_even_after_a_call_taken_back() {
+        for layout in layouts() {
+            let mut cache = KvCache::new(layout).unwrap();
+            for _ in 0..40 {
+                feed(&mut cache, 1);
+            }
+            cache.truncate(3);
+            run(&mut cache, 50);
+            cache.wipe();
+            assert_eq!(cache.len(), 0);
+            assert!(
+                cache
+                    .buffers
+                    .iter()
+                    .chain(&cache.presents)
+                    .flatten()
+                    .all(|&word| word == 0)
             );
         }
     }
 
     #[test]
-    fn a_wiped_cache_is_zero_everywhere_even_after_a_call_taken_back() {
-        let mut cache = KvCache::new(LAYOUT).unwrap();
-        for token in 0..40 {
-            fill(&mut cache, token);
-        }
-        cache.set_len(3);
-        cache.wipe();
-        assert_eq!(cache.len(), 0);
-        assert!(cache.buffers_mut().all(|bytes| bytes.iter().all(|&b| b == 0)));
-    }
-
-    #[test]
     fn the_context_is_a_limit_with_an_error_of_its_own() {
-        let mut cache = KvCache::new(LAYOUT).unwrap();
-        assert!(matches!(
-            cache.reserve(1001),
-            Err(EngineError::ContextLength {
-                tokens: 1001,
-                position: 0,
-                context: 1000
-            })
-        ));
-        cache.reserve(1000).unwrap();
+        for layout in layouts() {
+            let mut cache = KvCache::new(layout).unwrap();
+            assert!(matches!(
+                cache.reserve(1001),
+                Err(EngineError::ContextLength {
+                    tokens: 1001,
+                    position: 0,
+                    context: 1000
+                })
+            ));
+            cache.reserve(1000).unwrap();
+        }
     }
 }

@@ -1,21 +1,19 @@
 //! A loaded bundle: its graph in ONNX Runtime, its tokenizer, and the room that sessions share. It runs one chunk of one session at a
 //! time, in the order of asking; it keeps nothing of a session between chunks, so sessions cannot see each other through it.
 
-use std::ffi::CString;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use deltamem_core::{Fingerprint, Geometry};
-use ort::session::{Session as OnnxSession, builder::GraphOptimizationLevel};
-use ort::value::{TensorElementType, ValueType};
 use parking_lot::FairMutex;
 
 use crate::bundle::{Bundle, Manifest, Verify};
-use crate::call::{Call, Tensor};
 use crate::error::{EngineError, Result};
-use crate::kv::{KvCache, KvLayout};
+use crate::graph::{Chunk, Graph, Names};
+use crate::kv::KvLayout;
 use crate::runtime::Runtime;
 use crate::text::{ChatTemplate, Text};
+use crate::turn::TurnCache;
 
 /// Tokens that one run takes at most. Longer chunks gain little (docs/log.md); a Ctrl-C and other sessions wait for one chunk.
 pub const CHUNK_TOKENS: usize = 256;
@@ -70,96 +68,10 @@ pub struct Model {
     template: Option<ChatTemplate>,
     names: Names,
     kv_layout: KvLayout,
-    kv_type: TensorElementType,
     graph: FairMutex<Graph>,
     measured: OnceLock<FairMutex<Graph>>,
     opening_measured: Mutex<()>,
-    idle_caches: Mutex<Vec<KvCache>>,
-}
-
-/// One graph in ONNX Runtime, and the small inputs of a run that are the same for every session.
-#[derive(Debug)]
-struct Graph {
-    session: OnnxSession,
-    ones: Vec<i64>,
-    positions: Vec<i64>,
-    rows: Vec<i64>,
-    write: Vec<f32>,
-}
-
-/// Which rows of logits a run is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rows {
-    /// Every token's.
-    All,
-    /// The last token's.
-    Last,
-}
-
-/// One chunk of one session: what it reads and where the results go.
-pub(crate) struct Chunk<'a> {
-    /// Token ids, checked: at least one, at most [`CHUNK_TOKENS`].
-    pub(crate) tokens: &'a [i32],
-    /// Whether these tokens may write the memory.
-    pub(crate) write: bool,
-    /// Which logits are wanted.
-    pub(crate) rows: Rows,
-    /// The state before, float32 [layers, heads, r, r].
-    pub(crate) past_memory: &'a [f32],
-    /// Where the state after goes.
-    pub(crate) present_memory: &'a mut [f32],
-    /// The turn's cache, with room for the tokens.
-    pub(crate) kv: &'a mut KvCache,
-    /// Where the logits go, float32 [rows, vocab].
-    pub(crate) logits: &'a mut [f32],
-    /// Where the corrections' energies go, float32 [tokens, layers, delta heads, 2]; asking for them takes the measured graph.
-    pub(crate) energy: Option<&'a mut [f32]>,
-}
-
-#[derive(Debug)]
-struct Names {
-    input_ids: CString,
-    attention_mask: CString,
-    position_ids: CString,
-    write_mask: CString,
-    logits_rows: CString,
-    past_memory: CString,
-    logits: CString,
-    present_memory: CString,
-    delta_energy: CString,
-    /// (past, present) in the order of the cache's buffers.
-    kv: Vec<(CString, CString)>,
-}
-
-impl Names {
-    fn new(manifest: &Manifest) -> Self {
-        // None of these names can hold a NUL byte, so the empty default is never taken.
-        let name = |text: &str| CString::new(text).unwrap_or_default();
-        let kv = manifest
-            .graph
-            .kv_layers
-            .iter()
-            .flat_map(|layer| ["key", "value"].map(|part| (layer, part)))
-            .map(|(layer, part)| {
-                (
-                    name(&format!("past_key_values.{layer}.{part}")),
-                    name(&format!("present.{layer}.{part}")),
-                )
-            })
-            .collect();
-        Self {
-            input_ids: name("input_ids"),
-            attention_mask: name("attention_mask"),
-            position_ids: name("position_ids"),
-            write_mask: name("write_mask"),
-            logits_rows: name("logits_rows"),
-            past_memory: name("past_memory"),
-            logits: name("logits"),
-            present_memory: name("present_memory"),
-            delta_energy: name("delta_energy"),
-            kv,
-        }
-    }
+    idle_caches: Mutex<Vec<TurnCache>>,
 }
 
 impl Model {
@@ -171,40 +83,20 @@ impl Model {
     pub fn load(runtime: &'static Runtime, path: &Path, options: LoadOptions) -> Result<Arc<Self>> {
         let bundle = Bundle::open(path, options.verify)?;
         let manifest = bundle.manifest();
-        if !manifest.graph.shared_kv {
-            return Err(EngineError::Unsupported(
-                "deltamem.json: graph.shared_kv is false; this runtime needs a graph whose attention appends to its cache in place \
-                 (export the bundle again with GroupQueryAttention)"
-                    .into(),
-            ));
-        }
-        let kv_type = match manifest.graph.kv_dtype.as_str() {
-            "float32" => TensorElementType::Float32,
-            "float16" => TensorElementType::Float16,
-            "bfloat16" => TensorElementType::Bfloat16,
-            other => {
-                return Err(EngineError::Unsupported(format!(
-                    "deltamem.json: graph.kv_dtype is {other:?}; this runtime knows float32, float16 and bfloat16"
-                )));
-            }
-        };
         let kv_layout = KvLayout {
             buffers: manifest.graph.kv_layers.len() * 2,
             heads: manifest.backbone.num_kv_heads,
             head_dim: manifest.backbone.head_dim,
-            element_bytes: if kv_type == TensorElementType::Float32 {
-                4
-            } else {
-                2
-            },
+            element_bytes: manifest.graph.kv_dtype.bytes(),
             context: manifest.backbone.context_length,
+            shared: manifest.graph.shared_kv,
         };
         let geometry = bundle.geometry();
         let fingerprint = bundle.fingerprint();
         let names = Names::new(manifest);
         let text = Text::load(bundle.dir(), manifest)?;
         let template = ChatTemplate::load(bundle.dir(), manifest)?;
-        let graph = Graph::open(runtime, &bundle, &options, &names, kv_type, false)?;
+        let graph = Graph::open(runtime, &bundle, &options, &names, false)?;
         Ok(Arc::new(Self {
             runtime,
             geometry,
@@ -213,7 +105,6 @@ impl Model {
             template,
             names,
             kv_layout,
-            kv_type,
             graph: FairMutex::new(graph),
             measured: OnceLock::new(),
             opening_measured: Mutex::new(()),
@@ -307,19 +198,22 @@ impl Model {
         }
     }
 
-    /// An empty cache for a turn: a wiped one of an earlier turn, or a new one.
-    pub(crate) fn lend_cache(&self) -> Result<KvCache> {
+    /// Empty buffers for a turn: wiped ones of an earlier turn, or new ones.
+    pub(crate) fn lend_cache(&self) -> Result<TurnCache> {
         let idle = self
             .idle_caches
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .pop();
-        idle.map_or_else(|| KvCache::new(self.kv_layout), Ok)
+        idle.map_or_else(
+            || TurnCache::new(self.kv_layout, &self.manifest().graph.states),
+            Ok,
+        )
     }
 
-    /// Takes a turn's cache back.
-    pub(crate) fn return_cache(&self, mut cache: KvCache) {
-        if cache.capacity() > POOLED_TOKENS {
+    /// Takes a turn's buffers back.
+    pub(crate) fn return_cache(&self, mut cache: TurnCache) {
+        if cache.kv.capacity() > POOLED_TOKENS {
             return;
         }
         cache.wipe();
@@ -329,10 +223,21 @@ impl Model {
         }
     }
 
+    /// Numbers that one span gathers over all layers; 0 where each token writes.
+    pub(crate) fn numbers_per_span(&self) -> usize {
+        let manifest = self.manifest();
+        manifest.memory.layers.len() * manifest.graph.span_width.unwrap_or(0)
+    }
+
     /// Numbers in `delta_energy` for one token.
     pub(crate) fn energy_per_token(&self) -> usize {
         let memory = &self.manifest().memory;
         memory.layers.len() * memory.delta_heads.len() * 2
+    }
+
+    /// The graphs' names for their inputs and outputs.
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
     }
 
     /// Runs one chunk. On an error nothing but the chunk's own output buffers was touched.
@@ -353,236 +258,7 @@ impl Model {
         if let Some(graph) = self.measured.get() {
             return Ok(graph);
         }
-        let graph = Graph::open(
-            self.runtime,
-            &self.bundle,
-            &self.options,
-            &self.names,
-            self.kv_type,
-            true,
-        )?;
+        let graph = Graph::open(self.runtime, &self.bundle, &self.options, &self.names, true)?;
         Ok(self.measured.get_or_init(|| FairMutex::new(graph)))
     }
-}
-
-impl Graph {
-    fn open(
-        runtime: &'static Runtime,
-        bundle: &Bundle,
-        options: &LoadOptions,
-        names: &Names,
-        kv_type: TensorElementType,
-        measured: bool,
-    ) -> Result<Self> {
-        let graph = &bundle.manifest().graph;
-        let file = if measured {
-            graph.measured_file.as_deref().ok_or_else(|| {
-                EngineError::Unsupported(
-                    "this bundle has no measured graph, so the corrections' size cannot be measured; export it again".into(),
-                )
-            })?
-        } else {
-            &graph.file
-        };
-        let mut builder = OnnxSession::builder(runtime.environment())
-            .map_err(EngineError::onnx("preparing a session"))?
-            .with_optimization_level(GraphOptimizationLevel::All)
-            .map_err(EngineError::onnx("preparing a session"))?
-            .with_log_level(ort::logging::LogLevel::Error)
-            .map_err(EngineError::onnx("preparing a session"))?
-            // An idle model uses no processor time.
-            .with_intra_op_spinning(false)
-            .map_err(EngineError::onnx("preparing a session"))?;
-        if options.threads > 0 {
-            builder = builder
-                .with_intra_threads(options.threads)
-                .map_err(EngineError::onnx("setting the number of threads"))?;
-        }
-        let session = builder
-            .commit_from_file(bundle.path(file))
-            .map_err(EngineError::onnx("loading the graph"))?;
-        check_graph(&session, bundle.manifest(), names, kv_type, measured, file)?;
-        Ok(Self {
-            session,
-            ones: Vec::new(),
-            positions: Vec::new(),
-            rows: Vec::new(),
-            write: Vec::new(),
-        })
-    }
-
-    fn run(&mut self, model: &Model, chunk: Chunk<'_>) -> Result<()> {
-        let Chunk {
-            tokens,
-            write,
-            rows,
-            past_memory,
-            present_memory,
-            kv,
-            logits,
-            energy,
-        } = chunk;
-        let (count, past) = (tokens.len(), kv.len());
-        let total = past + count;
-        if self.ones.len() < total {
-            self.ones.resize(total.next_power_of_two(), 1);
-        }
-        self.write.clear();
-        self.write.resize(count, if write { 1.0 } else { 0.0 });
-        self.rows.clear();
-        let first_row = if rows == Rows::All { 0 } else { count - 1 };
-        self.rows
-            .extend((first_row..count).map(|row| i64::try_from(row).unwrap_or(i64::MAX)));
-
-        let [layers, heads, rank, _] = model.geometry.shape();
-        let memory_shape = [1, layers, heads, rank, rank];
-        let kv_shape = kv.shape();
-        let kv_bytes = model.kv_layout.element_bytes;
-        let names = &model.names;
-        let manifest = model.manifest();
-
-        let input_ids = Tensor::input(tokens, &[1, count])?;
-        let attention_mask = Tensor::input(&self.ones[..total], &[1, total])?;
-        let write_mask = Tensor::input(&self.write, &[1, count])?;
-        let logits_rows = Tensor::input(&self.rows, &[self.rows.len()])?;
-        let past = Tensor::input(past_memory, &memory_shape)?;
-        let mut present = Tensor::output(present_memory, &memory_shape)?;
-        let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
-        kv.note_writing(total);
-        let mut caches = kv
-            .buffers_mut()
-            .map(|bytes| Tensor::bytes(bytes, &kv_shape, model.kv_type, kv_bytes))
-            .collect::<Result<Vec<_>>>()?;
-        let position_ids;
-        let mut measured;
-
-        let mut call = Call::default();
-        call.input(&names.input_ids, &input_ids);
-        call.input(&names.attention_mask, &attention_mask);
-        if manifest.graph.position_ids {
-            self.positions.clear();
-            self.positions
-                .extend((total - count..total).map(|at| i64::try_from(at).unwrap_or(i64::MAX)));
-            position_ids = Tensor::input(&self.positions, &[1, count])?;
-            call.input(&names.position_ids, &position_ids);
-        }
-        call.input(&names.write_mask, &write_mask);
-        call.input(&names.logits_rows, &logits_rows);
-        call.input(&names.past_memory, &past);
-        call.output(&names.logits, &mut wanted);
-        call.output(&names.present_memory, &mut present);
-        for ((past, present), cache) in names.kv.iter().zip(&mut caches) {
-            call.in_place(past, present, cache);
-        }
-        if let Some(energy) = energy {
-            let memory = &manifest.memory;
-            measured = Tensor::output(
-                energy,
-                &[1, count, memory.layers.len(), memory.delta_heads.len(), 2],
-            )?;
-            call.output(&names.delta_energy, &mut measured);
-        }
-        call.run(&mut self.session)
-    }
-}
-
-/// Holds the graph's own inputs and outputs against what the manifest says they are.
-fn check_graph(
-    session: &OnnxSession,
-    manifest: &Manifest,
-    names: &Names,
-    kv_type: TensorElementType,
-    measured: bool,
-    file: &str,
-) -> Result<()> {
-    let size = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-    let memory = &manifest.memory;
-    let (backbone, any) = (&manifest.backbone, -1);
-    let state = vec![
-        any,
-        size(memory.layers.len()),
-        size(memory.heads),
-        size(memory.rank),
-        size(memory.rank),
-    ];
-    let cache = vec![any, size(backbone.num_kv_heads), any, size(backbone.head_dim)];
-
-    let mut inputs = vec![
-        (&names.input_ids, TensorElementType::Int32, vec![any, any]),
-        (&names.attention_mask, TensorElementType::Int64, vec![any, any]),
-        (&names.write_mask, TensorElementType::Float32, vec![any, any]),
-        (&names.logits_rows, TensorElementType::Int64, vec![any]),
-        (&names.past_memory, TensorElementType::Float32, state.clone()),
-    ];
-    if manifest.graph.position_ids {
-        inputs.push((&names.position_ids, TensorElementType::Int64, vec![any, any]));
-    }
-    let mut outputs = vec![
-        (
-            &names.logits,
-            TensorElementType::Float32,
-            vec![any, size(backbone.vocab_size)],
-        ),
-        (&names.present_memory, TensorElementType::Float32, state),
-    ];
-    if measured {
-        let delta = vec![
-            any,
-            any,
-            size(memory.layers.len()),
-            size(memory.delta_heads.len()),
-            2,
-        ];
-        outputs.push((&names.delta_energy, TensorElementType::Float32, delta));
-    }
-    for (past, present) in &names.kv {
-        inputs.push((past, kv_type, cache.clone()));
-        outputs.push((present, kv_type, cache.clone()));
-    }
-
-    for (kind, expected, found) in [
-        ("input", inputs, session.inputs()),
-        ("output", outputs, session.outputs()),
-    ] {
-        let wrong = |what: String| EngineError::Graph {
-            file: file.to_owned(),
-            what,
-        };
-        if expected.len() != found.len() {
-            let names: Vec<_> = found.iter().map(ort::value::Outlet::name).collect();
-            return Err(wrong(format!(
-                "found {} {kind}s ({}), expected {}",
-                found.len(),
-                names.join(", "),
-                expected.len()
-            )));
-        }
-        for (name, ty, shape) in expected {
-            let name = name.to_string_lossy();
-            let outlet = found
-                .iter()
-                .find(|outlet| outlet.name() == name)
-                .ok_or_else(|| wrong(format!("the {kind} {name} is missing")))?;
-            let ValueType::Tensor {
-                ty: found_ty,
-                shape: found_shape,
-                ..
-            } = outlet.dtype()
-            else {
-                return Err(wrong(format!("the {kind} {name} is no tensor")));
-            };
-            let fits = found_shape.len() == shape.len()
-                && found_shape
-                    .iter()
-                    .zip(&shape)
-                    .all(|(&found, &wanted)| found == wanted || found < 0 || wanted < 0);
-            if *found_ty != ty || !fits {
-                return Err(wrong(format!(
-                    "the {kind} {name} is {found_ty} {:?}, expected {ty} {shape:?} (-1 is any size)",
-                    &found_shape[..]
-                )));
-            }
-        }
-    }
-    Ok(())
 }

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use deltamem_core::{Geometry, Snapshot};
 
 use crate::error::{EngineError, Result};
-use crate::kv::KvCache;
+use crate::graph::{Chunk, ChunkSpans, Rows};
 use crate::memory::{MemoryBuffers, MemoryView};
-use crate::model::{CHUNK_TOKENS, Chunk, Model, Rows};
+use crate::model::{CHUNK_TOKENS, Model};
 use crate::sampling::Sampler;
+use crate::spans::{Gathered, Spans, Writes};
+use crate::turn::TurnCache;
 
 /// Asked between chunks whether the caller wants to stop.
 pub type Interrupt<'a> = &'a mut dyn FnMut() -> bool;
@@ -19,6 +21,8 @@ pub type Interrupt<'a> = &'a mut dyn FnMut() -> bool;
 pub struct FeedOptions<'a> {
     /// Whether these tokens may write the memory.
     pub write: bool,
+    /// What they write: each by itself, or the means of spans.
+    pub spans: Spans<'a>,
     /// Where every token's logits go, float32 [tokens, vocab]; `None` when they are not wanted.
     pub logits: Option<&'a mut [f32]>,
     /// Adds up the energies of corrections and of what they correct, layer by layer and delta head by delta head; takes the
@@ -30,6 +34,7 @@ impl Default for FeedOptions<'_> {
     fn default() -> Self {
         Self {
             write: true,
+            spans: Spans::Unsaid,
             logits: None,
             energy: None,
         }
@@ -76,8 +81,8 @@ pub(crate) struct Pending {
 pub struct Session {
     model: Arc<Model>,
     memory: MemoryBuffers,
-    /// The turn's cache; none between turns.
-    cache: Option<KvCache>,
+    /// What the turn carries; none between turns.
+    cache: Option<TurnCache>,
     /// The logits behind the last token of the turn, float32 [vocab]; empty when the turn is.
     logits: Vec<f32>,
     spare_logits: Vec<f32>,
@@ -148,12 +153,12 @@ impl Session {
 
     /// Tokens in the present turn.
     pub fn position(&self) -> usize {
-        self.cache.as_ref().map_or(0, KvCache::len)
+        self.cache.as_ref().map_or(0, TurnCache::len)
     }
 
-    /// Bytes of the turn's KV cache; 0 between turns.
+    /// Bytes of the turn's KV cache and other states; 0 between turns.
     pub fn cache_bytes(&self) -> usize {
-        self.cache.as_ref().map_or(0, KvCache::bytes)
+        self.cache.as_ref().map_or(0, TurnCache::bytes)
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -177,14 +182,25 @@ impl Session {
         self.ends_turn = true;
     }
 
-    /// Reads tokens. The KV cache goes on inside the turn; the split of a stream into calls never changes a result.
+    /// Reads tokens. The KV cache goes on inside the turn; where tokens write, the split of a stream into calls never changes a result.
+    /// Where spans write, all tokens of the call read the state from before it, and then each span is one write, in order.
     ///
     /// # Errors
-    /// [`EngineError::TokenOutOfRange`] and [`EngineError::ContextLength`] before anything is computed; [`EngineError::Interrupted`]
+    /// [`EngineError::Value`] for spans that do not fit, or that a span bundle needs; [`EngineError::TokenOutOfRange`] and [`EngineError::ContextLength`] before anything is computed; [`EngineError::Interrupted`]
     /// when `interrupt` says so between chunks; [`EngineError::NotFinite`], [`EngineError::Onnx`]. In each case the session is as it was.
     pub fn feed(&mut self, tokens: &[i32], options: FeedOptions<'_>, interrupt: Interrupt<'_>) -> Result<()> {
+        let writes = self.writes(&options.spans, tokens.len(), options.write)?;
         self.settle(interrupt)?;
-        self.read(tokens, options, interrupt)
+        self.read(tokens, &writes, options.logits, options.energy, interrupt)
+    }
+
+    /// What so many tokens of this model write.
+    ///
+    /// # Errors
+    /// [`EngineError::Value`] for spans that do not fit the tokens or the bundle, or that a span bundle needs.
+    pub(crate) fn writes(&self, spans: &Spans<'_>, tokens: usize, write: bool) -> Result<Writes> {
+        let granularity = self.model.manifest().memory.write_granularity;
+        Writes::new(spans, granularity, tokens, write)
     }
 
     /// Ends the turn: the KV cache is dropped, the memory stays.
@@ -267,15 +283,9 @@ impl Session {
     ) -> Result<()> {
         if let Some(Pending { token, write }) = self.pending {
             if self.position() < self.model.context_length() {
-                self.read(
-                    &[token],
-                    FeedOptions {
-                        write,
-                        logits: None,
-                        energy,
-                    },
-                    interrupt,
-                )?;
+                // A span of one token is a token write.
+                let writes = if write { Writes::Tokens } else { Writes::Nothing };
+                self.read(&[token], &writes, None, energy, interrupt)?;
             }
             self.pending = None;
         }
@@ -324,13 +334,15 @@ impl Session {
     pub(crate) fn read(
         &mut self,
         tokens: &[i32],
-        options: FeedOptions<'_>,
+        writes: &Writes,
+        logits: Option<&mut [f32]>,
+        energy: Option<&mut DeltaEnergy>,
         interrupt: Interrupt<'_>,
     ) -> Result<()> {
         self.model.check_tokens(tokens)?;
         self.check_room(tokens.len())?;
         let vocab = self.model.vocab();
-        if let Some(logits) = &options.logits
+        if let Some(logits) = &logits
             && Some(logits.len()) != tokens.len().checked_mul(vocab)
         {
             return Err(EngineError::Session(format!(
@@ -344,11 +356,14 @@ impl Session {
         }
         let before = Before {
             memory: self.memory(),
-            cached: self.cache.as_ref().map(KvCache::len),
+            cached: self.cache.as_ref().map(TurnCache::len),
             turn: self.turn.len(),
             tokens_seen: self.tokens_seen,
         };
-        let result = self.read_chunks(tokens, options, interrupt);
+        if let Some(cache) = &mut self.cache {
+            cache.begin();
+        }
+        let result = self.read_chunks(tokens, writes, logits, energy, interrupt);
         match result {
             Ok(()) => std::mem::swap(&mut self.logits, &mut self.spare_logits),
             Err(_) => self.put_back(before),
@@ -359,17 +374,19 @@ impl Session {
     fn read_chunks(
         &mut self,
         tokens: &[i32],
-        options: FeedOptions<'_>,
+        writes: &Writes,
+        mut logits: Option<&mut [f32]>,
+        mut energy: Option<&mut DeltaEnergy>,
         interrupt: Interrupt<'_>,
     ) -> Result<()> {
-        let FeedOptions {
-            write,
-            mut logits,
-            mut energy,
-        } = options;
         let vocab = self.model.vocab();
         let pairs = self.model.energy_per_token() / 2;
-        let mut energies = Vec::new();
+        let mut all_energies = Vec::new();
+        let mut weights = Vec::new();
+        let mut gathered = match writes {
+            Writes::Spans(plan) => Gathered::zeroed(plan.count(), self.model.numbers_per_span())?,
+            Writes::Nothing | Writes::Tokens => Gathered::default(),
+        };
         let mut cache = match self.cache.take() {
             Some(cache) => cache,
             None => self.model.lend_cache()?,
@@ -385,20 +402,46 @@ impl Session {
                 .as_deref_mut()
                 .map(|all| &mut all[first * vocab..][..chunk.len() * vocab]);
             if energy.is_some() {
-                energies.resize(chunk.len() * pairs * 2, 0.0);
+                all_energies.resize(chunk.len() * pairs * 2, 0.0);
             }
-            outcome = self.read_chunk(
-                chunk,
-                write,
-                &mut cache,
-                wanted,
-                energy.is_some().then_some(&mut energies[..]),
-            );
+            let energies = energy.is_some().then_some(&mut all_energies[..]);
+            outcome = match writes {
+                Writes::Nothing | Writes::Tokens => {
+                    let write = *writes == Writes::Tokens;
+                    self.read_chunk(chunk, write, None, &mut cache, wanted, energies)
+                }
+                Writes::Spans(plan) => {
+                    // The last chunk writes every span of the call; the others gather for those that they touch.
+                    let range = first..first + chunk.len();
+                    let complete = range.end == tokens.len();
+                    let spans = if complete {
+                        0..plan.count()
+                    } else {
+                        plan.touched(range.clone())
+                    };
+                    let run = plan
+                        .weights(range, spans.clone(), &mut weights)
+                        .and_then(|()| gathered.parts(spans.clone()))
+                        .and_then(|(past, present)| {
+                            let spans = ChunkSpans {
+                                weights: &weights,
+                                complete,
+                                past,
+                                present,
+                            };
+                            self.read_chunk(chunk, false, Some(spans), &mut cache, wanted, energies)
+                        });
+                    if run.is_ok() {
+                        gathered.keep(spans);
+                    }
+                    run
+                }
+            };
             if outcome.is_err() {
                 break;
             }
             if let Some(sum) = energy.as_deref_mut() {
-                sum.add(&energies, pairs);
+                sum.add(&all_energies, pairs);
             }
         }
         self.cache = Some(cache);
@@ -409,11 +452,12 @@ impl Session {
         &mut self,
         tokens: &[i32],
         write: bool,
-        cache: &mut KvCache,
+        spans: Option<ChunkSpans<'_>>,
+        cache: &mut TurnCache,
         mut wanted: Option<&mut [f32]>,
         energy: Option<&mut [f32]>,
     ) -> Result<()> {
-        cache.reserve(tokens.len())?;
+        cache.kv.reserve(tokens.len())?;
         let vocab = self.model.vocab();
         self.spare_logits.resize(vocab, 0.0);
         let past_memory = self.memory();
@@ -424,10 +468,11 @@ impl Session {
         let outcome = self.model.run(Chunk {
             tokens,
             write,
+            spans,
             rows: if wanted.is_some() { Rows::All } else { Rows::Last },
             past_memory: &past_memory,
             present_memory,
-            kv: cache,
+            turn: cache,
             logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
             energy,
         });
@@ -445,7 +490,7 @@ impl Session {
         });
         if outcome.is_ok() {
             self.memory.set_front(back);
-            cache.set_len(cache.len() + tokens.len());
+            cache.advance(tokens.len());
             self.turn.extend_from_slice(tokens);
             self.tokens_seen += tokens.len() as u64;
         } else {
@@ -457,7 +502,7 @@ impl Session {
     fn put_back(&mut self, before: Before) {
         self.memory.set_front(before.memory);
         match (before.cached, &mut self.cache) {
-            (Some(len), Some(cache)) => cache.set_len(len),
+            (Some(len), Some(cache)) => cache.roll_back(len),
             (None, cache) => {
                 if let Some(cache) = cache.take() {
                     self.model.return_cache(cache);

@@ -1,7 +1,9 @@
 //! Text to tokens and back: the bundle's tokenizer, and pieces of text that are whole characters. It knows files and ids; it knows
-//! nothing of sessions or of what a model makes of the ids. Stop texts are in `stop`, chat templates in `template`.
+//! nothing of sessions or of what a model makes of the ids. Stop texts are in `stop`, chat templates in `template`, messages and sentences in
+//! `spans`.
 
 mod date;
+mod spans;
 mod stop;
 mod template;
 
@@ -10,6 +12,7 @@ use std::sync::Arc;
 
 use tokenizers::Tokenizer;
 
+pub use spans::{Cut, cut_chat, cut_text, sentences};
 pub use stop::{StopScan, StopScanner};
 pub use template::{ChatTemplate, Message};
 
@@ -43,6 +46,12 @@ pub enum TextError {
         /// What happened there.
         message: String,
     },
+    /// It cannot be told which tokens belong to which message.
+    #[error(
+        "which tokens belong to which message cannot be told: {0}; pass spans=\"token\" to write each token by itself, or build the turn \
+         with feed() and generate() and spans of your own"
+    )]
+    Spans(String),
 }
 
 /// A bundle's tokenizer.
@@ -106,6 +115,32 @@ impl Text {
             .iter()
             .map(|&id| i32::try_from(id).map_err(|error| failed(error.into())))
             .collect()
+    }
+
+    /// The same ids, and for each the byte of the text where it starts; `None` for a token that `add_special` put around the text. A
+    /// token that holds a part of a character starts where the character does.
+    ///
+    /// # Errors
+    /// [`TextError::Tokenizer`].
+    pub fn encode_with_starts(
+        &self,
+        text: &str,
+        add_special: bool,
+    ) -> Result<(Vec<i32>, Vec<Option<usize>>), TextError> {
+        let failed = TextError::tokenizer("encoding");
+        let encoding = self.tokenizer.encode(text, add_special).map_err(&failed)?;
+        let ids = encoding
+            .get_ids()
+            .iter()
+            .map(|&id| i32::try_from(id).map_err(|error| failed(error.into())))
+            .collect::<Result<_, _>>()?;
+        let starts = encoding
+            .get_offsets()
+            .iter()
+            .zip(encoding.get_special_tokens_mask())
+            .map(|(&(start, _), &added)| (added == 0).then_some(start))
+            .collect();
+        Ok((ids, starts))
     }
 
     /// Token ids to text. Ids that the tokenizer does not know (a vocabulary may be padded) give no text; `skip_special` leaves special

@@ -73,13 +73,13 @@ fn manifest() -> Value {
         },
         "graph": {
             "file": "model.onnx", "measured_file": "model.measured.onnx", "kv_layers": [0, 1, 2], "kv_dtype": "float32",
-            "shared_kv": true, "position_ids": false
+            "shared_kv": true, "position_ids": false, "states": [], "span_width": null
         },
         "precision": "fp32",
         "tokens": {"bos": 1, "eos": [2], "pad": 0},
         "text": {"tokenizer": "tokenizer.json", "chat_template": "chat_template.jinja", "bos_token": "<s>", "eos_token": "</s>"},
         "files": list,
-        "check": {"against": "transformers", "tokens": 160, "max_abs_diff": 2.1e-06, "tolerance": 1e-04},
+        "check": {"against": "transformers", "tokens": 160, "max_abs_diff": 2.1e-06, "tolerance": 1e-04, "method": "whole"},
         "made_by": {"deltamem-export": "0.1.0"}
     })
 }
@@ -98,6 +98,11 @@ fn changed(pointer: &str, value: Value) -> Value {
     let mut manifest = manifest();
     *manifest.pointer_mut(pointer).unwrap() = value;
     manifest
+}
+
+#[allow(clippy::needless_pass_by_value)] // made for the call
+fn state(input: &str, output: &str, dtype: &str, shape: Value) -> Value {
+    json!({"input": input, "output": output, "dtype": dtype, "shape": shape})
 }
 
 fn open(dir: &TempDir) -> Result<Bundle, BundleError> {
@@ -121,6 +126,54 @@ fn a_whole_bundle_opens_and_says_what_it_holds() {
         let again: Manifest =
             serde_json::from_value(serde_json::to_value(bundle.manifest()).unwrap()).unwrap();
         assert_eq!(&again, bundle.manifest());
+    }
+}
+
+#[test]
+fn what_older_manifests_leave_out_has_its_meaning() {
+    let mut older = manifest();
+    older["graph"].as_object_mut().unwrap().remove("states");
+    older["graph"].as_object_mut().unwrap().remove("span_width");
+    older["check"].as_object_mut().unwrap().remove("method");
+    let bundle = open(&bundle_with(older)).unwrap();
+    assert_eq!(bundle.manifest().graph.states, []);
+    assert_eq!(bundle.manifest().graph.span_width, None);
+    assert_eq!(
+        bundle.manifest().check.as_ref().unwrap().method,
+        CheckMethod::Whole
+    );
+}
+
+#[test]
+fn spans_states_and_separate_caches_are_read() {
+    for (word, granularity) in [
+        ("message", WriteGranularity::Message),
+        ("sentence", WriteGranularity::Sentence),
+    ] {
+        let mut newer = manifest();
+        newer["memory"]["write_granularity"] = json!(word);
+        newer["graph"]["span_width"] = json!(32);
+        newer["graph"]["shared_kv"] = json!(false);
+        newer["graph"]["kv_dtype"] = json!("int8");
+        newer["graph"]["kv_layers"] = json!([1]);
+        newer["graph"]["states"] =
+            json!([state("past.0.conv", "present.0.conv", "bfloat16", json!([64, 2]))]);
+        newer["check"]["method"] = json!("layers");
+        newer["check"]["mean_abs_diff"] = json!(1e-7);
+        let bundle = open(&bundle_with(newer)).unwrap();
+        let graph = &bundle.manifest().graph;
+        assert_eq!(bundle.manifest().memory.write_granularity, granularity);
+        assert_eq!(granularity.as_str(), word);
+        assert_eq!(
+            (graph.span_width, graph.shared_kv, graph.kv_dtype.bytes()),
+            (Some(32), false, 1)
+        );
+        assert_eq!(graph.states[0].shape, [64, 2]);
+        assert_eq!(graph.states[0].dtype.bytes(), 2);
+        assert_eq!(
+            bundle.manifest().check.as_ref().unwrap().method,
+            CheckMethod::Layers
+        );
     }
 }
 
@@ -191,6 +244,88 @@ fn a_manifest_of_any_length_is_refused_before_it_is_read() {
     );
 }
 
+fn refused_by_field(pointer: &str, value: &Value, field: &str) {
+    let error = open(&bundle_with(changed(pointer, value.clone()))).unwrap_err();
+    assert!(
+        matches!(&error, BundleError::Inconsistent { field: named, .. } if named.starts_with(field)),
+        "{pointer} {value}: {error}"
+    );
+}
+
+#[test]
+fn spans_and_states_that_cannot_be_are_refused_by_field() {
+    for (pointer, value, field) in [
+        ("/graph/span_width", json!(32), "graph.span_width"),
+        ("/graph/kv_dtype", json!("complex"), "line"),
+        ("/graph/states", Value::Null, "line"),
+        (
+            "/graph/states",
+            json!([{"input": "a", "output": "b", "dtype": "float32"}]),
+            "line",
+        ),
+        (
+            "/graph/states",
+            json!([state("a", "b", "float64", json!([2]))]),
+            "line",
+        ),
+        (
+            "/graph/states",
+            json!([state("a", "b", "int8", json!([2]))]),
+            "graph.states[0].dtype",
+        ),
+        (
+            "/graph/states",
+            json!([state("a", "a", "float32", json!([2]))]),
+            "graph.states[0].output",
+        ),
+        (
+            "/graph/states",
+            json!([state("", "b", "float32", json!([2]))]),
+            "graph.states[0].input",
+        ),
+        (
+            "/graph/states",
+            json!([state("a\0", "b", "float32", json!([2]))]),
+            "graph.states[0].input",
+        ),
+        (
+            "/graph/states",
+            json!([
+                state("a", "b", "float16", json!([2])),
+                state("a", "c", "float16", json!([2]))
+            ]),
+            "graph.states[1].input",
+        ),
+        (
+            "/graph/states",
+            json!([state("a", "b", "float32", json!([4, 0]))]),
+            "graph.states[0].shape",
+        ),
+        (
+            "/graph/states",
+            json!([state("a", "b", "float32", json!([1 << 24, 2]))]),
+            "graph.states[0].shape",
+        ),
+        (
+            "/graph/states",
+            json!([state("a", "b", "float32", json!([1_u64 << 40, 1_u64 << 40]))]),
+            "graph.states[0].shape",
+        ),
+        (
+            "/graph/states",
+            json!([state("a", "b", "float32", json!([1, 1, 1, 1, 1, 1, 1]))]),
+            "graph.states[0].shape",
+        ),
+        (
+            "/graph/states",
+            json!(vec![state("a", "b", "float32", json!([1])); 5000]),
+            "graph.states",
+        ),
+    ] {
+        refused_by_field(pointer, &value, field);
+    }
+}
+
 #[test]
 fn a_manifest_that_says_what_cannot_be_is_refused_by_field() {
     for (pointer, value, field) in [
@@ -218,7 +353,9 @@ fn a_manifest_that_says_what_cannot_be_is_refused_by_field() {
         ("/memory/delta_heads", json!(["q", "q"]), "memory.delta_heads"),
         ("/memory/delta_heads", json!(["x"]), "line"),
         ("/memory/update_mode", json!("sideways"), "line"),
-        ("/memory/write_granularity", json!("sentence"), "line"),
+        ("/memory/write_granularity", json!("chapter"), "line"),
+        ("/memory/write_granularity", json!("sentence"), "graph.span_width"),
+        ("/check/method", json!("guess"), "line"),
         ("/memory/rank", json!(-8), "line"),
         ("/memory/rank", json!(8.5), "line"),
         ("/graph/kv_layers", json!([0, 7]), "graph.kv_layers"),
@@ -230,11 +367,7 @@ fn a_manifest_that_says_what_cannot_be_is_refused_by_field() {
         ("/tokens/bos", json!(-1), "tokens.bos"),
         ("/tokens/pad", json!(1000), "tokens.pad"),
     ] {
-        let error = open(&bundle_with(changed(pointer, value.clone()))).unwrap_err();
-        assert!(
-            matches!(&error, BundleError::Inconsistent { field: named, .. } if named.starts_with(field)),
-            "{pointer} {value}: {error}"
-        );
+        refused_by_field(pointer, &value, field);
     }
 }
 

@@ -1,0 +1,453 @@
+//! A bundle's graph in ONNX Runtime: it is held against the manifest when it is opened, and runs one chunk at a time. It knows the names
+//! and shapes of docs/bundle.md; it knows nothing of whose chunk it runs, nor of what comes before and after it.
+
+use std::ffi::CString;
+
+use ort::session::{Session as OnnxSession, builder::GraphOptimizationLevel};
+use ort::value::{Outlet, TensorElementType, ValueType};
+
+use crate::bundle::{Bundle, ElementType, Manifest};
+use crate::call::{Call, Tensor};
+use crate::error::{EngineError, Result};
+use crate::kv::KvTensor;
+use crate::model::{LoadOptions, Model};
+use crate::runtime::Runtime;
+use crate::turn::TurnCache;
+
+/// One graph in ONNX Runtime, and the small inputs of a run that are the same for every session.
+#[derive(Debug)]
+pub(crate) struct Graph {
+    session: OnnxSession,
+    ones: Vec<i64>,
+    positions: Vec<i64>,
+    rows: Vec<i64>,
+    write: Vec<f32>,
+    span_mask: Vec<f32>,
+}
+
+/// Which rows of logits a run is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// Every token's.
+    All,
+    /// The last token's.
+    Last,
+}
+
+/// One chunk of one session: what it reads and where the results go.
+pub(crate) struct Chunk<'a> {
+    /// Token ids, checked: at least one, at most [`CHUNK_TOKENS`](crate::model::CHUNK_TOKENS).
+    pub(crate) tokens: &'a [i32],
+    /// Whether each of these tokens writes the memory.
+    pub(crate) write: bool,
+    /// The spans that this run gathers for or writes, in a span bundle.
+    pub(crate) spans: Option<ChunkSpans<'a>>,
+    /// Which logits are wanted.
+    pub(crate) rows: Rows,
+    /// The state before, float32 [layers, heads, r, r].
+    pub(crate) past_memory: &'a [f32],
+    /// Where the state after goes.
+    pub(crate) present_memory: &'a mut [f32],
+    /// What the turn carries, with room for the tokens.
+    pub(crate) turn: &'a mut TurnCache,
+    /// Where the logits go, float32 [rows, vocab].
+    pub(crate) logits: &'a mut [f32],
+    /// Where the corrections' energies go, float32 [tokens, layers, delta heads, 2]; asking for them takes the measured graph.
+    pub(crate) energy: Option<&'a mut [f32]>,
+}
+
+/// The S spans of one run.
+pub(crate) struct ChunkSpans<'a> {
+    /// 1/length of each span for the tokens in it, float32 [S, tokens].
+    pub(crate) weights: &'a [f32],
+    /// Whether they are complete with this run, and written.
+    pub(crate) complete: bool,
+    /// What they gathered before, float32 [S, layers, W].
+    pub(crate) past: &'a [f32],
+    /// Where goes what they have gathered then, float32 [S, layers, W].
+    pub(crate) present: &'a mut [f32],
+}
+
+/// The names of all inputs and outputs that a manifest asks for.
+#[derive(Debug)]
+pub(crate) struct Names {
+    input_ids: CString,
+    attention_mask: CString,
+    position_ids: CString,
+    write_mask: CString,
+    logits_rows: CString,
+    past_memory: CString,
+    logits: CString,
+    present_memory: CString,
+    delta_energy: CString,
+    span_weights: CString,
+    span_mask: CString,
+    past_spans: CString,
+    present_spans: CString,
+    /// (input, output) of each extra state, in the manifest's order.
+    states: Vec<(CString, CString)>,
+    /// (past, present) in the order of the cache's buffers.
+    kv: Vec<(CString, CString)>,
+}
+
+impl Names {
+    pub(crate) fn new(manifest: &Manifest) -> Self {
+        // None of these names can hold a NUL byte (the manifest's check holds that), so the empty default is never taken.
+        let name = |text: &str| CString::new(text).unwrap_or_default();
+        let kv = manifest
+            .graph
+            .kv_layers
+            .iter()
+            .flat_map(|layer| ["key", "value"].map(|part| (layer, part)))
+            .map(|(layer, part)| {
+                (
+                    name(&format!("past_key_values.{layer}.{part}")),
+                    name(&format!("present.{layer}.{part}")),
+                )
+            })
+            .collect();
+        Self {
+            input_ids: name("input_ids"),
+            attention_mask: name("attention_mask"),
+            position_ids: name("position_ids"),
+            write_mask: name("write_mask"),
+            logits_rows: name("logits_rows"),
+            past_memory: name("past_memory"),
+            logits: name("logits"),
+            present_memory: name("present_memory"),
+            delta_energy: name("delta_energy"),
+            span_weights: name("span_weights"),
+            span_mask: name("span_mask"),
+            past_spans: name("past_spans"),
+            present_spans: name("present_spans"),
+            states: manifest
+                .graph
+                .states
+                .iter()
+                .map(|state| (name(&state.input), name(&state.output)))
+                .collect(),
+            kv,
+        }
+    }
+}
+
+impl Graph {
+    /// Opens a graph of the bundle, the measured one if asked, and holds it against the manifest.
+    pub(crate) fn open(
+        runtime: &'static Runtime,
+        bundle: &Bundle,
+        options: &LoadOptions,
+        names: &Names,
+        measured: bool,
+    ) -> Result<Self> {
+        let graph = &bundle.manifest().graph;
+        let file = if measured {
+            graph.measured_file.as_deref().ok_or_else(|| {
+                EngineError::Unsupported(
+                    "this bundle has no measured graph, so the corrections' size cannot be measured; export it again".into(),
+                )
+            })?
+        } else {
+            &graph.file
+        };
+        let mut builder = OnnxSession::builder(runtime.environment())
+            .map_err(EngineError::onnx("preparing a session"))?
+            .with_optimization_level(GraphOptimizationLevel::All)
+            .map_err(EngineError::onnx("preparing a session"))?
+            .with_log_level(ort::logging::LogLevel::Error)
+            .map_err(EngineError::onnx("preparing a session"))?
+            // An idle model uses no processor time.
+            .with_intra_op_spinning(false)
+            .map_err(EngineError::onnx("preparing a session"))?;
+        if options.threads > 0 {
+            builder = builder
+                .with_intra_threads(options.threads)
+                .map_err(EngineError::onnx("setting the number of threads"))?;
+        }
+        let session = builder
+            .commit_from_file(bundle.path(file))
+            .map_err(EngineError::onnx("loading the graph"))?;
+        check_graph(&session, bundle.manifest(), names, measured, file)?;
+        Ok(Self {
+            session,
+            ones: Vec::new(),
+            positions: Vec::new(),
+            rows: Vec::new(),
+            write: Vec::new(),
+            span_mask: Vec::new(),
+        })
+    }
+
+    /// Runs one chunk. On an error nothing but the chunk's own output buffers was touched.
+    pub(crate) fn run(&mut self, model: &Model, chunk: Chunk<'_>) -> Result<()> {
+        let Chunk {
+            tokens,
+            write,
+            spans,
+            rows,
+            past_memory,
+            present_memory,
+            turn,
+            logits,
+            energy,
+        } = chunk;
+        let (count, past) = (tokens.len(), turn.len());
+        let total = past + count;
+        if self.ones.len() < total {
+            self.ones.resize(total.next_power_of_two(), 1);
+        }
+        self.write.clear();
+        self.write.resize(count, if write { 1.0 } else { 0.0 });
+        self.rows.clear();
+        let first_row = if rows == Rows::All { 0 } else { count - 1 };
+        self.rows
+            .extend((first_row..count).map(|row| i64::try_from(row).unwrap_or(i64::MAX)));
+
+        let [layers, heads, rank, _] = model.geometry().shape();
+        let memory_shape = [1, layers, heads, rank, rank];
+        let names = model.names();
+        let manifest = model.manifest();
+
+        let input_ids = Tensor::input(tokens, &[1, count])?;
+        let attention_mask = Tensor::input(&self.ones[..total], &[1, total])?;
+        let write_mask = Tensor::input(&self.write, &[1, count])?;
+        let logits_rows = Tensor::input(&self.rows, &[self.rows.len()])?;
+        let past = Tensor::input(past_memory, &memory_shape)?;
+        let mut present = Tensor::output(present_memory, &memory_shape)?;
+        let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
+        let (mut caches, mut states) = turn_tensors(turn, count, manifest)?;
+        let (position_ids, span_inputs);
+        let (mut measured, mut present_spans);
+
+        let mut call = Call::default();
+        call.input(&names.input_ids, &input_ids);
+        call.input(&names.attention_mask, &attention_mask);
+        if manifest.graph.position_ids {
+            self.positions.clear();
+            self.positions
+                .extend((total - count..total).map(|at| i64::try_from(at).unwrap_or(i64::MAX)));
+            position_ids = Tensor::input(&self.positions, &[1, count])?;
+            call.input(&names.position_ids, &position_ids);
+        }
+        call.input(&names.write_mask, &write_mask);
+        call.input(&names.logits_rows, &logits_rows);
+        call.input(&names.past_memory, &past);
+        call.output(&names.logits, &mut wanted);
+        call.output(&names.present_memory, &mut present);
+        for ((past, present), (first, second)) in names.kv.iter().zip(&mut caches) {
+            match second {
+                None => call.in_place(past, present, first),
+                Some(second) => {
+                    call.input(past, first);
+                    call.output(present, second);
+                }
+            }
+        }
+        for ((input, output), (read, written)) in names.states.iter().zip(&mut states) {
+            call.input(input, read);
+            call.output(output, written);
+        }
+        if let Some(width) = manifest.graph.span_width {
+            let spans = spans.unwrap_or(ChunkSpans {
+                weights: &[],
+                complete: false,
+                past: &[],
+                present: &mut [],
+            });
+            let number = spans.past.len() / (layers * width);
+            self.span_mask.clear();
+            self.span_mask
+                .resize(number, if spans.complete { 1.0 } else { 0.0 });
+            let shape = [1, number, layers, width];
+            span_inputs = [
+                Tensor::input(spans.weights, &[1, number, count])?,
+                Tensor::input(&self.span_mask, &[1, number])?,
+                Tensor::input(spans.past, &shape)?,
+            ];
+            let [weights, mask, past] = &span_inputs;
+            present_spans = Tensor::output(spans.present, &shape)?;
+            call.input(&names.span_weights, weights);
+            call.input(&names.span_mask, mask);
+            call.input(&names.past_spans, past);
+            call.output(&names.present_spans, &mut present_spans);
+        }
+        if let Some(energy) = energy {
+            let memory = &manifest.memory;
+            measured = Tensor::output(
+                energy,
+                &[1, count, memory.layers.len(), memory.delta_heads.len(), 2],
+            )?;
+            call.output(&names.delta_energy, &mut measured);
+        }
+        call.run(&mut self.session)
+    }
+}
+
+/// The type that ONNX Runtime calls it.
+fn onnx_type(element: ElementType) -> TensorElementType {
+    match element {
+        ElementType::Float32 => TensorElementType::Float32,
+        ElementType::Float16 => TensorElementType::Float16,
+        ElementType::Bfloat16 => TensorElementType::Bfloat16,
+        ElementType::Int8 => TensorElementType::Int8,
+    }
+}
+
+fn bytes_tensor<'a>(bytes: &'a mut [u8], shape: &[usize], element: ElementType) -> Result<Tensor<'a>> {
+    Tensor::bytes(bytes, shape, onnx_type(element), element.bytes())
+}
+
+/// Past and present of one cache: one tensor, or two.
+type CacheTensors<'a> = (Tensor<'a>, Option<Tensor<'a>>);
+
+/// The caches in the order of [`Names::kv`], and (read, written) of the states in the order of [`Names::states`].
+#[allow(clippy::type_complexity)] // said in words above
+fn turn_tensors<'a>(
+    turn: &'a mut TurnCache,
+    tokens: usize,
+    manifest: &Manifest,
+) -> Result<(Vec<CacheTensors<'a>>, Vec<(Tensor<'a>, Tensor<'a>)>)> {
+    let (element, [past_shape, present_shape]) = (manifest.graph.kv_dtype, turn.kv.shapes(tokens));
+    let caches = turn
+        .kv
+        .tensors_mut(tokens)
+        .into_iter()
+        .map(|tensor| {
+            Ok(match tensor {
+                KvTensor::Shared(both) => (bytes_tensor(both, &past_shape, element)?, None),
+                KvTensor::Separate(past, present) => (
+                    bytes_tensor(past, &past_shape, element)?,
+                    Some(bytes_tensor(present, &present_shape, element)?),
+                ),
+            })
+        })
+        .collect::<Result<_>>()?;
+    let states = turn
+        .states
+        .pairs_mut()
+        .zip(&manifest.graph.states)
+        .map(|((read, written), state)| {
+            let shape: Vec<usize> = std::iter::once(1).chain(state.shape.iter().copied()).collect();
+            Ok((
+                bytes_tensor(read, &shape, state.dtype)?,
+                bytes_tensor(written, &shape, state.dtype)?,
+            ))
+        })
+        .collect::<Result<_>>()?;
+    Ok((caches, states))
+}
+
+/// One input or output that the manifest asks for: name, type, shape (-1 is any size).
+type Expected<'a> = (&'a CString, TensorElementType, Vec<i64>);
+
+/// The inputs that the manifest asks for, and the outputs.
+fn expected<'a>(manifest: &Manifest, names: &'a Names, measured: bool) -> [Vec<Expected<'a>>; 2] {
+    const ANY: i64 = -1;
+    let size = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+    let (memory, backbone) = (&manifest.memory, &manifest.backbone);
+    let (int, float) = (TensorElementType::Int64, TensorElementType::Float32);
+    let layers = size(memory.layers.len());
+    let state = vec![
+        ANY,
+        layers,
+        size(memory.heads),
+        size(memory.rank),
+        size(memory.rank),
+    ];
+    let cache = vec![ANY, size(backbone.num_kv_heads), ANY, size(backbone.head_dim)];
+    let kv_type = onnx_type(manifest.graph.kv_dtype);
+
+    let mut inputs = vec![
+        (&names.input_ids, TensorElementType::Int32, vec![ANY, ANY]),
+        (&names.attention_mask, int, vec![ANY, ANY]),
+        (&names.write_mask, float, vec![ANY, ANY]),
+        (&names.logits_rows, int, vec![ANY]),
+        (&names.past_memory, float, state.clone()),
+    ];
+    if manifest.graph.position_ids {
+        inputs.push((&names.position_ids, int, vec![ANY, ANY]));
+    }
+    let mut outputs = vec![
+        (&names.logits, float, vec![ANY, size(backbone.vocab_size)]),
+        (&names.present_memory, float, state),
+    ];
+    if measured {
+        let delta = vec![ANY, ANY, layers, size(memory.delta_heads.len()), 2];
+        outputs.push((&names.delta_energy, float, delta));
+    }
+    for (past, present) in &names.kv {
+        inputs.push((past, kv_type, cache.clone()));
+        outputs.push((present, kv_type, cache.clone()));
+    }
+    for ((input, output), state) in names.states.iter().zip(&manifest.graph.states) {
+        let shape: Vec<i64> = std::iter::once(ANY)
+            .chain(state.shape.iter().map(|&n| size(n)))
+            .collect();
+        inputs.push((input, onnx_type(state.dtype), shape.clone()));
+        outputs.push((output, onnx_type(state.dtype), shape));
+    }
+    if let Some(width) = manifest.graph.span_width {
+        let gathered = vec![ANY, ANY, layers, size(width)];
+        inputs.push((&names.span_weights, float, vec![ANY, ANY, ANY]));
+        inputs.push((&names.span_mask, float, vec![ANY, ANY]));
+        inputs.push((&names.past_spans, float, gathered.clone()));
+        outputs.push((&names.present_spans, float, gathered));
+    }
+    [inputs, outputs]
+}
+
+/// Holds the graph's own inputs and outputs against what the manifest says they are.
+fn check_graph(
+    session: &OnnxSession,
+    manifest: &Manifest,
+    names: &Names,
+    measured: bool,
+    file: &str,
+) -> Result<()> {
+    let [inputs, outputs] = expected(manifest, names, measured);
+    let wrong = |what: String| EngineError::Graph {
+        file: file.to_owned(),
+        what,
+    };
+    for (kind, expected, found) in [
+        ("input", inputs, session.inputs()),
+        ("output", outputs, session.outputs()),
+    ] {
+        if expected.len() != found.len() {
+            let names: Vec<_> = found.iter().map(Outlet::name).collect();
+            return Err(wrong(format!(
+                "found {} {kind}s ({}), expected {}",
+                found.len(),
+                names.join(", "),
+                expected.len()
+            )));
+        }
+        for (name, ty, shape) in expected {
+            let name = name.to_string_lossy();
+            let outlet = found
+                .iter()
+                .find(|outlet| outlet.name() == name)
+                .ok_or_else(|| wrong(format!("the {kind} {name} is missing")))?;
+            let ValueType::Tensor {
+                ty: found_ty,
+                shape: found_shape,
+                ..
+            } = outlet.dtype()
+            else {
+                return Err(wrong(format!("the {kind} {name} is no tensor")));
+            };
+            let fits = found_shape.len() == shape.len()
+                && found_shape
+                    .iter()
+                    .zip(&shape)
+                    .all(|(&found, &wanted)| found == wanted || found < 0 || wanted < 0);
+            if *found_ty != ty || !fits {
+                return Err(wrong(format!(
+                    "the {kind} {name} is {found_ty} {:?}, expected {ty} {shape:?} (-1 is any size)",
+                    &found_shape[..]
+                )));
+            }
+        }
+    }
+    Ok(())
+}

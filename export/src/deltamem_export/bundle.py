@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ import torch
 
 from deltamem_export import manifest
 from deltamem_export.adapter import Adapter
-from deltamem_export.backbone import Backbone, digest_tensors
+from deltamem_export.backbone import Backbone, digest_tensors, read_config
 from deltamem_export.builder import DATA_FILE, MODEL_FILE, build
 from deltamem_export.check import check as check_graph
-from deltamem_export.check import choose_method
+from deltamem_export.check import choose_method, free_memory
 from deltamem_export.errors import ExportError
 from deltamem_export.graft import graft
+from deltamem_export.kv import quantise_kv, sample_ids
 from deltamem_export.mapping import GraphMapping, bring
 from deltamem_export.precision import Precision
+from deltamem_export.sizes import estimate, refuse_too_large
 from deltamem_export.structure import find_attentions
 from deltamem_export.text import copy_text, text_digest
 
@@ -80,6 +82,10 @@ def export_bundle(
     say = say or _say_on_stderr()
     _refuse_existing(target, force)
 
+    folder = Path(backbone)
+    if (folder / "config.json").is_file():
+        needs = estimate(folder, read_config(folder, any_family=onnx is not None), precision, bool(check))
+        say(refuse_too_large(needs, free_memory(), target, f"{folder} at {precision.setting}"))
     say(f"reading {backbone}")
     body = Backbone.load(backbone, any_family=onnx is not None)
     memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
@@ -103,6 +109,14 @@ def export_bundle(
         say(f"grafting the memory onto {len(layers)} layers")
         facts = graft(built, bundle / MODEL_FILE, memory, layers, body.geometry.head_dim, bundle / MEASURED_FILE, find)
         text = copy_text(body.directory, bundle, body.geometry.vocab_size, body.tokens.bos, body.tokens.eos)
+        if precision.kv == "int8":
+            say("calibrating the KV cache in 8 bits")
+            ids = sample_ids(bundle / text.tokenizer if text is not None else None, body.geometry.vocab_size)
+            cache = (body.geometry.num_kv_heads, body.geometry.head_dim)
+            scales, moved = quantise_kv([bundle / MODEL_FILE, bundle / MEASURED_FILE], ids, cache)
+            facts = replace(facts, kv_dtype="int8")
+            backbone_digest = body.digest(f"{precision.setting}/{scales.digest}")
+            say(f"it moves the logits by {moved:.2g} at most over {len(ids)} tokens")
         extra = extra_files(bundle) if extra_files is not None else []
 
         memory_section = manifest.memory_section(memory.config, layers)
@@ -125,6 +139,7 @@ def export_bundle(
             "memory": memory_section,
             "graph": manifest.graph_section(facts, MODEL_FILE, MEASURED_FILE),
             "precision": precision.name,
+            "precision_setting": precision.setting,
             "tokens": manifest.tokens_section(body.tokens),
             "text": asdict(text) if text is not None else None,
             "files": {file: manifest.file_entry(bundle / file) for file in sorted(set(files))},

@@ -82,18 +82,17 @@ class Precision:
             parts.append(f"kv-{self.kv}")
         return "/".join(parts)
 
-    @property
-    def bytes_per_weight(self) -> float:
-        """What one weight of a linear layer takes on disk, its share of a float32 scale and a zero point with it."""
+    def weight_bytes(self, outputs: int, inputs: int) -> int:
+        """What a linear layer's weight takes on disk, its scales, zero points and the padding of its last blocks with it."""
         if not self.quantised:
-            return 4.0 if self.name == "fp32" else 2.0
-        bits = 4 if self.name == "int4" else 8
-        zero_point = bits if not self.symmetric or self.algorithm == "k_quant" else 0
-        return bits / 8 + (4 + zero_point / 8) / self.block_size
+            return outputs * inputs * (4 if self.name == "fp32" else 2)
+        bits, blocks = 4 if self.name == "int4" else 8, -(-inputs // self.block_size)
+        zero_points = -(-blocks * bits // 8) if not self.symmetric or self.algorithm == "k_quant" else 0
+        return outputs * (blocks * (self.block_size * bits // 8 + 4) + zero_points)
 
-    @property
-    def bytes_per_embedding(self) -> float:
-        """What one number of the token embeddings takes on disk."""
-        if self.embeddings:
-            return self.bytes_per_weight
-        return 2.0 if self.name in ("fp16", "bf16") else 4.0
+    def embedding_bytes(self, tokens: int, width: int) -> int:
+        """What the token embeddings take on disk."""
+        if not self.embeddings:
+            return tokens * width * (2 if self.name in ("fp16", "bf16") else 4)
+        blocks = -(-width // self.block_size)
+        return tokens * (width // 2 + blocks * 4 + (0 if self.symmetric else -(-blocks // 2)))

@@ -31,18 +31,27 @@ SOURCE = "deltamem.source"
 QUANTISED_OPS = frozenset({"MatMulNBits", "GatherBlockQuantized"})
 
 Float32 = npt.NDArray[np.float32]
+# How far blocks may be from the weights that they were made of, as root mean squares. In blocks of 256, rounding takes
+# 0.11 (4 bits) and 0.007 (8 bits) of normally distributed weights, 0.25 and 0.017 of ones with heavy tails (Student's t,
+# 3 degrees); another weight is off by 1.4.
+FAR = {"int4": 0.4, "int8": 0.04}
 _SIXTEEN = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @contextlib.contextmanager
 def weights_of(
-    graph: Path, model: nn.Module, precision: Precision, within: Sequence[nn.Module] | None = None
+    graph: Path,
+    model: nn.Module,
+    precision: Precision,
+    within: Sequence[nn.Module] | None = None,
+    far: bool = False,
 ) -> Iterator[None]:
     """While it lasts, the float32 model computes with what the graph's weights stand for; where `within` is given, only
-    those of its modules do.
+    those of its modules do. `far`: blocks may be of other weights than the model's.
 
     Raises:
-        ExportError: a quantised weight of the graph belongs to no parameter of the model, or does not fit it.
+        ExportError: a quantised weight of the graph belongs to no parameter of the model, does not fit it, or is further
+            from it than rounding to its bits explains.
     """
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     hooks = []
@@ -78,6 +87,8 @@ def weights_of(
                         raise ExportError(
                             f"{node}: the weight is {list(part.shape)}, the parameter {name} {list(parameter.shape)}"
                         )
+                    if not far:
+                        _near(node, name, part, parameter[start:end], FAR[precision.name])
                     if (start, end) != (0, len(parameter)):  # one of several in a packed parameter
                         whole = parameter.detach().clone()
                         whole[start:end] = part
@@ -89,6 +100,27 @@ def weights_of(
             hook.remove()
         for module, name, parameter in reversed(kept):
             setattr(module, name, parameter)
+
+
+def distances(graph: Path, model: nn.Module) -> Iterator[tuple[str, float]]:
+    """For each parameter that the graph has in blocks: its name, and how far the blocks are from it, as a share of its
+    root mean square."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for node, source, weight in stands_for(graph):
+        rows = _rows(model, node, source)
+        for (module, name, start, end), part in zip(rows, weight.split([e - s for *_, s, e in rows]), strict=True):
+            expected = module.get_parameter(name)[start:end].float()
+            size, off = (float(t.pow(2).mean().sqrt()) for t in (expected, part - expected))
+            yield f"{names[id(module)]}.{name}", off / max(size, 1e-9)
+
+
+def _near(node: str, name: str, found: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    size, off = (float(t.float().pow(2).mean().sqrt()) for t in (expected, found - expected))
+    if not off <= limit * size + 1e-9:
+        raise ExportError(
+            f"{node}: the blocks are off by {off:.3g} (root mean square) from {name}, whose weights are of size {size:.3g}; "
+            f"rounding explains {limit * size:.3g} at most, so they are not of this weight"
+        )
 
 
 def _rounded(tables: Any, kind: torch.dtype) -> Any:
@@ -112,21 +144,9 @@ def stands_for(
             yield name, source, torch.from_numpy(values)
 
 
-def with_float_activations(graph: Path) -> Path:
-    """The same graph at accuracy level 1, beside it, on the same weights' file: at level 4 the rounding of activations
-    to int8 would hide as much as the rounding of weights."""
-    model = ir.load(graph)
-    for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-    path = graph.with_name("check.onnx")
-    ir.save(model, path)
-    return path
-
-
-def in_float32(graph: Path) -> Path:
-    """The same graph beside it with bfloat16 widened to float32 everywhere, for processors without bfloat16: the same
-    structure on the same (rounded) weights, in other arithmetic. Its weights take a file of their own."""
+def in_float32(graph: Path, folder: Path | None = None) -> Path:
+    """The same graph beside it, or in `folder`, with bfloat16 widened to float32 everywhere, for processors without
+    bfloat16: the same structure on the same (rounded) weights, in other arithmetic. Its weights take a file of their own."""
     narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
     model = ir.load(graph)
     for value in model.graph.initializers.values():
@@ -149,7 +169,7 @@ def in_float32(graph: Path) -> Path:
                 node.attributes[name] = ir.AttrInt64(name, wide.value)
             elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == narrow:
                 node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.as_tensor().numpy().astype(np.float32)))
-    path = graph.with_name("check.onnx")
+    path = (folder or graph.parent) / "check.onnx"
     ir.save(model, path, external_data="check.onnx.data", size_threshold_bytes=1024)
     return path
 

@@ -24,6 +24,7 @@ __all__ = [
 __version__: str
 
 _TokenIds: TypeAlias = str | Sequence[int] | NDArray[np.int32] | NDArray[np.int64]
+_Spans: TypeAlias = Literal["token"] | Sequence[int] | NDArray[np.int32] | NDArray[np.int64]
 
 @final
 class Geometry:
@@ -70,11 +71,17 @@ class Model:
 @final
 class Session:
     @overload
-    def feed(self, tokens: _TokenIds, write: bool = True, logits: Literal[False] = False) -> None: ...
+    def feed(
+        self, tokens: _TokenIds, write: bool = True, logits: Literal[False] = False, spans: _Spans | None = None
+    ) -> None: ...
     @overload
-    def feed(self, tokens: _TokenIds, write: bool = True, *, logits: Literal[True]) -> NDArray[np.float32]: ...
+    def feed(
+        self, tokens: _TokenIds, write: bool = True, *, logits: Literal[True], spans: _Spans | None = None
+    ) -> NDArray[np.float32]: ...
     @overload
-    def feed(self, tokens: _TokenIds, write: bool, logits: Literal[True]) -> NDArray[np.float32]: ...
+    def feed(
+        self, tokens: _TokenIds, write: bool, logits: Literal[True], spans: _Spans | None = None
+    ) -> NDArray[np.float32]: ...
     def generate(
         self,
         prompt: _TokenIds | None = None,
@@ -89,6 +96,7 @@ class Session:
         stop: str | Sequence[str] | None = None,
         write: bool = True,
         measure: bool = False,
+        spans: _Spans | None = None,
     ) -> Generation: ...
     def chat(
         self,
@@ -105,6 +113,7 @@ class Session:
         stop: str | Sequence[str] | None = None,
         write: bool = True,
         measure: bool = False,
+        spans: Literal["token"] | None = None,
     ) -> Generation: ...
     def end_turn(self) -> None: ...
     @property

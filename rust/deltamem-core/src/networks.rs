@@ -360,6 +360,10 @@ mod tests {
         (0..count).map(|_| next()).collect()
     }
 
+    fn wide(numbers: &[f32]) -> Vec<f64> {
+        numbers.iter().copied().map(f64::from).collect()
+    }
+
     fn linear(rows: usize, columns: usize, bias: bool, salt: u64) -> Linear {
         Linear::new(
             numbers(rows * columns, salt),
@@ -400,7 +404,7 @@ mod tests {
     }
 
     /// DESIGN's formulas in f64, token by token; returns Δq and Δo.
-    fn naive(layer: &EditGate, hidden: &[f32], state: &mut [f64], mask: &[bool]) -> (Vec<f64>, Vec<f64>) {
+    fn naive(layer: &EditGate, hidden: &[f64], state: &mut [f64], mask: &[bool]) -> (Vec<f64>, Vec<f64>) {
         let apply = |linear: &Linear, x: &[f64]| -> Vec<f64> {
             (0..linear.rows)
                 .map(|row| {
@@ -425,15 +429,14 @@ mod tests {
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
         let (mut delta_q, mut delta_o) = (Vec::new(), Vec::new());
         for (token, h) in hidden.chunks(layer.query.columns).enumerate() {
-            let h: Vec<f64> = h.iter().copied().map(f64::from).collect();
             let (q, k, v) = (
-                unit(apply(&layer.query, &h)),
-                unit(apply(&layer.key, &h)),
-                apply(&layer.value, &h),
+                unit(apply(&layer.query, h)),
+                unit(apply(&layer.key, h)),
+                apply(&layer.value, h),
             );
-            let beta: Vec<f64> = apply(&layer.beta, &h).into_iter().map(sigmoid).collect();
+            let beta: Vec<f64> = apply(&layer.beta, h).into_iter().map(sigmoid).collect();
             let lambda: Vec<f64> = match &layer.lambda {
-                Some(lambda) => apply(lambda, &h).into_iter().map(sigmoid).collect(),
+                Some(lambda) => apply(lambda, h).into_iter().map(sigmoid).collect(),
                 None => beta.iter().map(|beta| 1.0 - beta).collect(),
             };
             let rank = layer.rank;
@@ -488,9 +491,9 @@ mod tests {
                     };
                     let start = numbers(2 * 3 * 3, 7);
                     let mut state = start.clone();
-                    let mut naive_state: Vec<f64> = start.iter().copied().map(f64::from).collect();
+                    let mut naive_state: Vec<f64> = wide(&start);
                     let corrections = layer.forward(&hidden, &mut state, Writes::Tokens(&mask)).unwrap();
-                    let (delta_q, delta_o) = naive(&layer, &hidden, &mut naive_state, &mask);
+                    let (delta_q, delta_o) = naive(&layer, &wide(&hidden), &mut naive_state, &mask);
                     assert_eq!((&corrections.k, &corrections.v), (&None, &None));
                     for (found, expected) in [
                         (&state, &naive_state),
@@ -513,7 +516,7 @@ mod tests {
     /// A span write in f64 from the same formulas: reads of all tokens first, then the means, one a span.
     fn naive_spans(
         layer: &EditGate,
-        hidden: &[f32],
+        hidden: &[f64],
         state: &mut [f64],
         spans: &[i32],
     ) -> (Vec<f64>, Vec<f64>) {
@@ -521,17 +524,14 @@ mod tests {
         let width = layer.query.columns;
         let ids: std::collections::BTreeSet<i32> = spans.iter().copied().filter(|&id| id >= 0).collect();
         for span in ids {
-            let members: Vec<&[f32]> = hidden
+            let members: Vec<&[f64]> = hidden
                 .chunks(width)
                 .zip(spans)
                 .filter(|&(_, &id)| id == span)
                 .map(|(h, _)| h)
                 .collect();
-            let mean: Vec<f32> = (0..width)
-                .map(|i| {
-                    let sum: f64 = members.iter().map(|h| f64::from(h[i])).sum();
-                    (sum / members.len() as f64) as f32
-                })
+            let mean: Vec<f64> = (0..width)
+                .map(|i| members.iter().map(|h| h[i]).sum::<f64>() / members.len() as f64)
                 .collect();
             naive(layer, &mean, state, &[true]);
         }
@@ -556,9 +556,9 @@ mod tests {
                     };
                     let start = numbers(2 * 3 * 3, 8);
                     let mut state = start.clone();
-                    let mut expected_state: Vec<f64> = start.iter().copied().map(f64::from).collect();
+                    let mut expected_state: Vec<f64> = wide(&start);
                     let found = layer.forward(&hidden, &mut state, Writes::Spans(&spans)).unwrap();
-                    let (delta_q, delta_o) = naive_spans(&layer, &hidden, &mut expected_state, &spans);
+                    let (delta_q, delta_o) = naive_spans(&layer, &wide(&hidden), &mut expected_state, &spans);
                     for (found, expected) in [
                         (&state, &expected_state),
                         (found.q.as_ref().unwrap(), &delta_q),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use deltamem_engine::sampling::SamplingOptions;
 use deltamem_engine::text::Message;
-use deltamem_engine::{FeedOptions, GenerationOptions};
+use deltamem_engine::{FeedOptions, GenerationOptions, Spans};
 use numpy::{PyArray1, PyArray2, PyArray4, PyArrayMethods};
 use parking_lot::{Mutex, MutexGuard};
 use pyo3::exceptions::{PyMemoryError, PyTypeError};
@@ -15,7 +15,7 @@ use crate::errors::{detached, named, to_python};
 use crate::generation::Generation;
 use crate::geometry::Geometry;
 use crate::snapshot::{Snapshot, view};
-use crate::tokens::tokens;
+use crate::tokens::{spans_of_text, tokens};
 
 /// One user's memory over a shared model, and the turn that is going on.
 ///
@@ -98,6 +98,11 @@ impl Session {
     ///     Whether these tokens may write the memory; False only reads it.
     /// logits : bool
     ///     Whether to return the logits of every token.
+    /// spans : "token", or sequence of int or ndarray of int32 or int64 with shape [T], optional
+    ///     For a bundle that writes one mean a message or sentence: the id of the span that each token belongs to, never falling, and -1
+    ///     for tokens that are not written. All tokens of the call read the memory from before it; then each span is written once, in
+    ///     the order of the ids. ``"token"`` writes each token by itself, on purpose. Text needs none: it is one message, or is cut into
+    ///     sentences, as the bundle says.
     ///
     /// Returns
     /// -------
@@ -106,24 +111,27 @@ impl Session {
     /// Raises
     /// ------
     /// ValueError
-    ///     A token id outside the vocabulary, an array of another shape.
+    ///     A token id outside the vocabulary, an array of another shape; spans that fall, are too few or too many, or are below -1; spans
+    ///     with text, or for a bundle that writes per token; none for the token ids of a bundle that writes spans.
     /// TypeError
-    ///     Something that is neither text nor ids.
+    ///     Something that is neither text nor ids, spans that are no integers.
     /// ContextLengthError
     ///     The turn would be longer than the model's context; raised before anything is read.
     /// SessionError
     ///     The session is closed or in use by another thread, or text was given to a bundle without a tokenizer.
-    #[pyo3(signature = (tokens, write=true, logits=false))]
+    #[pyo3(signature = (tokens, write=true, logits=false, spans=None))]
     fn feed<'py>(
         &self,
         py: Python<'py>,
         tokens: Bound<'py, PyAny>,
         write: bool,
         logits: bool,
+        spans: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyArray2<f32>>>> {
         let mut open = self.open()?;
         let session = open.get()?;
-        let ids = crate::tokens::tokens(&tokens, session)?;
+        let spans = crate::tokens::spans(spans.as_ref())?;
+        let (ids, spans) = crate::tokens::tokens(&tokens, spans, write, session)?;
         let ids = ids.as_slice()?;
         let vocab = self.model.vocab();
         let mut wanted = Vec::new();
@@ -138,6 +146,7 @@ impl Session {
         detached(py, |interrupt| {
             let options = FeedOptions {
                 write,
+                spans,
                 logits: logits.then_some(&mut wanted[..]),
                 energy: None,
             };
@@ -175,7 +184,9 @@ impl Session {
     /// stop : str or sequence of str
     ///     Texts that end the reply; they are not part of it and may span tokens.
     /// write : bool
-    ///     Whether prompt and reply may write the memory.
+    ///     Whether prompt and reply may write the memory. The tokens of a reply are written one by one, whatever the bundle.
+    /// spans : "token", or sequence of int or ndarray of int32 or int64 with shape [T], optional
+    ///     What the prompt writes, as for ``feed``.
     /// measure : bool
     ///     Measure the corrections against what they correct (``stats.delta_ratio``). Slower: it takes the bundle's measured graph.
     ///
@@ -187,13 +198,13 @@ impl Session {
     /// Raises
     /// ------
     /// ValueError
-    ///     An option out of range, a token id outside the vocabulary.
+    ///     An option out of range, a token id outside the vocabulary, spans that do not fit (see ``feed``).
     /// ContextLengthError
     ///     The prompt does not fit into what is left of the context.
     /// SessionError
     ///     There is nothing to go on from; the session is closed or in use by another thread.
     #[pyo3(signature = (prompt=None, *, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
-                        seed=None, stop=None, write=true, measure=false))]
+                        seed=None, stop=None, write=true, measure=false, spans=None))]
     fn generate(
         slf: Bound<'_, Self>,
         prompt: Option<Bound<'_, PyAny>>,
@@ -207,6 +218,7 @@ impl Session {
         stop: Option<Bound<'_, PyAny>>,
         write: bool,
         measure: bool,
+        spans: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Generation> {
         let sampling = SamplingOptions {
             temperature,
@@ -226,17 +238,22 @@ impl Session {
         };
         let session = slf.get();
         let mut open = session.open()?;
-        let ids = match prompt {
-            Some(prompt) => tokens(&prompt, open.get()?)?.into_vec()?,
-            None => Vec::new(),
+        let spans = crate::tokens::spans(spans.as_ref())?;
+        let (ids, spans) = match prompt {
+            Some(prompt) => {
+                let (ids, spans) = tokens(&prompt, spans, write, open.get()?)?;
+                (ids.into_vec()?, spans)
+            }
+            None => (Vec::new(), spans),
         };
-        begin(&slf, open, ids, options)
+        begin(&slf, open, ids, &spans, options)
     }
 
     /// Say something and get a reply: the bundle's chat template, a reply, the end of the turn.
     ///
     /// The turn ends when the reply does, also when it is broken off (then at the session's next call). Takes the options of
-    /// ``generate``.
+    /// ``generate``. In a bundle that writes spans, the message writes one mean over all that it adds to the template, or one for each
+    /// sentence of its content; a system message is not written.
     ///
     /// Parameters
     /// ----------
@@ -244,15 +261,17 @@ impl Session {
     ///     The user's message.
     /// system : str, optional
     ///     A system message put before it, in this turn only.
+    /// spans : "token", optional
+    ///     Writes each token of the rendered conversation by itself, whatever the bundle.
     ///
     /// Raises
     /// ------
     /// SessionError
     ///     The bundle has no chat template or no tokenizer.
     /// TextError
-    ///     The template refused the message.
+    ///     The template refused the message, or renders it so that it cannot be told which tokens are the message's.
     #[pyo3(signature = (message, *, system=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0,
-                        repetition_penalty=1.0, seed=None, stop=None, write=true, measure=false))]
+                        repetition_penalty=1.0, seed=None, stop=None, write=true, measure=false, spans=None))]
     fn chat(
         slf: Bound<'_, Self>,
         message: String,
@@ -267,6 +286,7 @@ impl Session {
         stop: Option<Bound<'_, PyAny>>,
         write: bool,
         measure: bool,
+        spans: Option<String>,
     ) -> PyResult<Generation> {
         let sampling = SamplingOptions {
             temperature,
@@ -297,13 +317,12 @@ impl Session {
             role: "user".into(),
             content: message,
         });
-        let model = &session.model;
-        let render = || {
-            let prompt = model.template()?.render(&messages, true)?;
-            Ok(model.text()?.encode(&prompt, false)?)
-        };
-        let ids = render().map_err(to_python)?;
-        begin(&slf, open, ids, options)
+        let spans = spans_of_text(spans.as_deref())?;
+        let (ids, spans) = session
+            .model
+            .encode_chat(&messages, spans, write)
+            .map_err(to_python)?;
+        begin(&slf, open, ids, &spans, options)
     }
 
     /// End the turn: drop the KV cache, keep the memory.
@@ -441,11 +460,12 @@ fn begin(
     slf: &Bound<'_, Session>,
     mut open: Open<'_>,
     prompt: Vec<i32>,
+    spans: &Spans<'_>,
     options: GenerationOptions,
 ) -> PyResult<Generation> {
     let session = open.get()?;
     let inner = detached(slf.py(), |interrupt| {
-        deltamem_engine::Generation::new(session, prompt, options, interrupt)
+        deltamem_engine::Generation::new(session, prompt, spans, options, interrupt)
     })?;
     Ok(Generation::new(slf.clone().unbind(), inner))
 }

@@ -1,6 +1,9 @@
-//! What a caller may pass as tokens: text, a list of ids, or a NumPy array. A contiguous int32 array is used where it lies.
+//! What a caller may pass as tokens and as their spans: text, a list of ids, or a NumPy array. A contiguous int32 array is used where it
+//! lies.
 
-use deltamem_engine::{EngineError, Session};
+use std::borrow::Cow;
+
+use deltamem_engine::{EngineError, Session, Spans};
 use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -34,23 +37,86 @@ impl Tokens<'_> {
     }
 }
 
-/// Reads `value` as tokens of the session's model. Text at the start of a turn gets the special tokens that its tokenizer puts there.
-pub(crate) fn tokens<'py>(value: &Bound<'py, PyAny>, session: &Session) -> PyResult<Tokens<'py>> {
+/// Reads `value` as tokens of the session's model, and what they write. Text at the start of a turn gets the special tokens that its
+/// tokenizer puts there.
+pub(crate) fn tokens<'py>(
+    value: &Bound<'py, PyAny>,
+    spans: Spans<'static>,
+    write: bool,
+    session: &Session,
+) -> PyResult<(Tokens<'py>, Spans<'static>)> {
     if let Ok(text) = value.cast::<PyString>() {
-        let text = text.to_str()?;
-        let encoder = session.model().text().map_err(to_python)?;
-        return encoder
-            .encode(text, session.position() == 0)
-            .map(Tokens::Owned)
-            .map_err(|e| to_python(e.into()));
+        let at_start = session.position() == 0;
+        let (ids, spans) = session
+            .model()
+            .encode_text(text.to_str()?, at_start, spans, write)
+            .map_err(to_python)?;
+        return Ok((Tokens::Owned(ids), spans));
     }
     let vocab = session.model().vocab();
+    let out_of_range = |id, index| to_python(EngineError::TokenOutOfRange { id, index, vocab });
+    let ids = integers(value, "text, a list of token ids", "a token id", &out_of_range)?;
+    Ok((ids, spans))
+}
+
+/// Reads `value` as the spans of a call.
+pub(crate) fn spans(value: Option<&Bound<'_, PyAny>>) -> PyResult<Spans<'static>> {
+    let Some(value) = value else {
+        return Ok(Spans::Unsaid);
+    };
+    if let Ok(word) = value.cast::<PyString>() {
+        return match word.to_str()? {
+            "token" => Ok(Spans::Token),
+            other => Err(PyValueError::new_err(format!(
+                "spans is {other:?}, expected \"token\" (each token writes by itself), span ids, or None"
+            ))),
+        };
+    }
+    let out_of_range = |id: i64, index: usize| {
+        PyValueError::new_err(format!(
+            "spans[{index}] is {id}, expected ids from 0 to {}, or -1 for a token that is not written",
+            i32::MAX
+        ))
+    };
+    integers(value, "\"token\", a list of span ids", "a span id", &out_of_range)
+        .and_then(Tokens::into_vec)
+        .map(|ids| Spans::Ids(Cow::Owned(ids)))
+        .map_err(|error| in_spans(value.py(), error))
+}
+
+/// The word for `spans` from a caller who may only say "token" or nothing.
+pub(crate) fn spans_of_text(value: Option<&str>) -> PyResult<Spans<'static>> {
+    match value {
+        None => Ok(Spans::Unsaid),
+        Some("token") => Ok(Spans::Token),
+        Some(other) => Err(PyValueError::new_err(format!(
+            "spans is {other:?}, expected \"token\" (each token writes by itself) or None (the bundle's own granularity)"
+        ))),
+    }
+}
+
+/// The same error, saying that it is about `spans`.
+fn in_spans(py: Python<'_>, error: PyErr) -> PyErr {
+    let message = error.value(py).to_string();
+    if message.starts_with("spans") {
+        return error;
+    }
+    PyErr::from_type(error.get_type(py), format!("spans: {message}"))
+}
+
+/// A list or array of int32 numbers. `accepted` and `one` name what is expected, `out_of_range` makes the error for a larger number.
+fn integers<'py>(
+    value: &Bound<'py, PyAny>,
+    accepted: &str,
+    one: &str,
+    out_of_range: &dyn Fn(i64, usize) -> PyErr,
+) -> PyResult<Tokens<'py>> {
     if let Ok(array) = value.cast::<PyUntypedArray>() {
-        return array_ids(array, vocab);
+        return array_ids(array, out_of_range);
     }
     let Ok(items) = value.try_iter() else {
         return Err(PyTypeError::new_err(format!(
-            "found {}, expected text, a list of token ids, or a NumPy array of int32 or int64 with shape [T]",
+            "found {}, expected {accepted}, or a NumPy array of int32 or int64 with shape [T]",
             value.get_type().name()?
         )));
     };
@@ -59,24 +125,27 @@ pub(crate) fn tokens<'py>(value: &Bound<'py, PyAny>, session: &Session) -> PyRes
         let item = item?;
         if item.is_instance_of::<PyBool>() {
             return Err(PyTypeError::new_err(format!(
-                "found a bool at index {index}, expected a token id (int)"
+                "found a bool at index {index}, expected {one} (int)"
             )));
         }
         let id: i64 = match item.call_method0("__index__") {
             Ok(number) => number.extract().unwrap_or(i64::MAX),
             Err(_) => {
                 return Err(PyTypeError::new_err(format!(
-                    "found {} at index {index}, expected a token id (int)",
+                    "found {} at index {index}, expected {one} (int)",
                     item.get_type().name()?
                 )));
             }
         };
-        ids.push(id32(id, index, vocab)?);
+        ids.push(i32::try_from(id).map_err(|_| out_of_range(id, index))?);
     }
     Ok(Tokens::Owned(ids))
 }
 
-fn array_ids<'py>(array: &Bound<'py, PyUntypedArray>, vocab: usize) -> PyResult<Tokens<'py>> {
+fn array_ids<'py>(
+    array: &Bound<'py, PyUntypedArray>,
+    out_of_range: &dyn Fn(i64, usize) -> PyErr,
+) -> PyResult<Tokens<'py>> {
     if array.ndim() != 1 {
         return Err(PyValueError::new_err(format!(
             "found an array of shape {:?}, expected shape [T]",
@@ -102,7 +171,7 @@ fn array_ids<'py>(array: &Bound<'py, PyUntypedArray>, vocab: usize) -> PyResult<
             .as_array()
             .iter()
             .enumerate()
-            .map(|(i, &id)| id32(id, i, vocab))
+            .map(|(i, &id)| i32::try_from(id).map_err(|_| out_of_range(id, i)))
             .collect::<PyResult<_>>()?;
         return Ok(Tokens::Owned(ids));
     }
@@ -110,8 +179,4 @@ fn array_ids<'py>(array: &Bound<'py, PyUntypedArray>, vocab: usize) -> PyResult<
         "found an array of {}, expected int32 or int64",
         array.dtype()
     )))
-}
-
-fn id32(id: i64, index: usize, vocab: usize) -> PyResult<i32> {
-    i32::try_from(id).map_err(|_| to_python(EngineError::TokenOutOfRange { id, index, vocab }))
 }

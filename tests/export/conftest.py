@@ -19,6 +19,7 @@ from transformers import (
     GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
     Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MistralConfig,
     NemotronConfig,
@@ -149,7 +150,15 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
     ),
     "olmo": lambda **more: OlmoConfig(**{**ODD, "clip_qkv": 0.9, **more}),
     "nemotron": lambda **more: NemotronConfig(
-        **{**ODD, "hidden_size": 64, "norm_eps": 3e-3, "partial_rotary_factor": 0.5, "mlp_bias": True, **more}
+        **{
+            **ODD,
+            "hidden_size": 64,
+            "initializer_range": 0.08,
+            "norm_eps": 3e-3,
+            "partial_rotary_factor": 0.5,
+            "mlp_bias": True,
+            **more,
+        }
     ),
     "ernie4_5": lambda **more: Ernie4_5Config(**{**ODD, **EPS, "head_dim": 32, "use_bias": True, **more}),
     "hunyuan": lambda **more: HunYuanDenseV1Config(
@@ -171,6 +180,20 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
             **more,
         }
     ),
+    "lfm2_moe": lambda **more: Lfm2MoeConfig(
+        **{
+            **ODD,
+            "norm_eps": 3e-3,
+            "conv_bias": True,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_dense_layers": 1,
+            "routed_scaling_factor": 1.3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            **more,
+        }
+    ),
     "gpt_oss": lambda **more: GptOssConfig(
         **{
             **ODD,
@@ -186,6 +209,12 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
 }
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `every_family` runs once for each of them."""
+    if "every_family" in metafunc.fixturenames:
+        metafunc.parametrize("every_family", FAMILIES)
+
+
 @pytest.fixture
 def make_backbone(tmp_path: Path) -> Callable[..., Path]:
     """`make_backbone("llama", attention_bias=True)`: a folder with a random tiny decoder, biases and norms random too."""
@@ -197,6 +226,9 @@ def make_backbone(tmp_path: Path) -> Callable[..., Path]:
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * (0.3 if name.endswith("bias") else 0.1))
+            for name, buffer in model.named_buffers():
+                if name.endswith("expert_bias"):
+                    buffer.copy_(torch.randn_like(buffer) * 0.3)
         directory = tmp_path / f"backbone-{family}"
         model.save_pretrained(directory)
         return directory

@@ -21,7 +21,7 @@ import onnxruntime_genai.models
 from deltamem_export.backbone import Backbone
 from deltamem_export.corrections import corrected, prepare_config, untouched
 from deltamem_export.errors import ExportError
-from deltamem_export.families import FAMILIES
+from deltamem_export.families import FAMILIES, builder_class
 from deltamem_export.precision import Precision
 from deltamem_export.streaming import save_streaming, streamed
 
@@ -53,15 +53,21 @@ def build(
     # The builder has a graph per execution provider. Its fp16 graph for a CPU has no GroupQueryAttention; the
     # one for CUDA has, and with q and k norms left as nodes of their own it runs on both.
     provider = "cuda" if precision.name in ("fp16", "bf16") else "cpu"
-    options: dict[str, Any] = {"windowed_kv_cache": False, "fuse_qk_norm_gqa": False, **_quantisation(precision)}
+    # Experts stay as the activations are: the builder has 4 bits for them only from files that already have 4.
+    options: dict[str, Any] = {
+        "windowed_kv_cache": False,
+        "fuse_qk_norm_gqa": False,
+        "moe_quant_type": "none",
+        **_quantisation(precision),
+    }
     said = io.StringIO()
     try:
         with _builder_modules() as main, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             family = FAMILIES[backbone.geometry.architecture]
-            model_class = getattr(main, family.builder)
-            if correct:
-                model_class = corrected(model_class, family)
-            model_class = streamed(model_class)
+            own_choice = builder_class(backbone.config, family)
+            model_class = streamed(
+                corrected(getattr(main, family.builder), family) if correct else getattr(main, own_choice)
+            )
             io_dtype = main.set_io_dtype(precision.name, provider, options)
             onnx_dtype = main.set_onnx_dtype(precision.name, options)
             config = copy.deepcopy(backbone.config)

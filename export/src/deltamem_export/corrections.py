@@ -28,7 +28,7 @@ def prepare_config(config: PretrainedConfig, family: Family) -> None:
         c.hidden_activation = None  # the others know hidden_act alone, and the builder would prefer this one
     if family.architecture == "Gemma3ForCausalLM":
         c.rope_local_base_freq = 0.0  # asked for, and used for tables that are not used
-    if family.architecture not in ("Lfm2ForCausalLM", "SmolLM3ForCausalLM"):
+    if not family.hybrid and family.architecture != "SmolLM3ForCausalLM":
         c.layer_types = ["full_attention" if w is None else "sliding_attention" for w in windows(config, family)]
     if not isinstance(getattr(c, "sliding_window", None), int):
         c.sliding_window = -1
@@ -80,7 +80,7 @@ class _Corrected:
         self._windows = windows(config, self.family)
         self._rope = has_rope(config, self.family)
         self._layer_id = 0
-        super().__init__(config, *args)
+        super().__init__(config, *args)  # type: ignore[call-arg]
         self.__dict__.pop("is_local", None)  # GPT-OSS: set by the number of the layer, whatever layer_types says
         # Several tables of RoPE: by type of layer, where the family has one for each.
         rope = getattr(config, "rope_parameters", None) or {}
@@ -108,7 +108,8 @@ class _Corrected:
 
     def _tables(self, kind: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [context, half of the rotary part], float32, as the model's own module makes them."""
-        rotary = self.weights.model.rotary_emb
+        body = self.weights.model
+        rotary = body.rotary_emb if hasattr(body, "rotary_emb") else body.pos_emb
         ids = torch.arange(self.context_length)[None]
         at = torch.zeros(1, 1, 1)
         cos, sin = rotary(at, ids) if kind is None else rotary(at, ids, kind)
@@ -194,7 +195,7 @@ class _Olmo:
 
     def __init__(self, config: Any, *args: Any) -> None:
         self._clip: float | None = config.clip_qkv
-        super().__init__(config, *args)
+        super().__init__(config, *args)  # type: ignore[call-arg]
 
     def make_attention_qk_subgraph(self, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
         made: Any = self
@@ -233,13 +234,14 @@ class _Nemotron:
 
 
 class _GptOss:
-    """The factor and the limit inside the experts' activation."""
+    """The factor and the limit inside the experts' activation; a router that is never quantised."""
 
     moe_attrs: dict[str, Any]
 
     def make_moe(self, layer_id: int, moe: Any, root_input: str) -> None:
         self.moe_attrs["activation_alpha"] = float(moe.experts.alpha)
         self.moe_attrs["swiglu_limit"] = float(moe.experts.limit)
+        moe.router.exclude_from_quantization = True  # 4 bits would choose other experts
         super().make_moe(layer_id, moe, root_input)  # type: ignore[misc]
 
 
@@ -260,6 +262,7 @@ _SPECIAL: dict[str, type[Any]] = {
     "OlmoForCausalLM": _Olmo,
     "NemotronForCausalLM": _Nemotron,
     "Lfm2ForCausalLM": _Lfm2,
+    "Lfm2MoeForCausalLM": _Lfm2,
     "GptOssForCausalLM": _GptOss,
 }
 

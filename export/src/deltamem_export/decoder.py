@@ -65,15 +65,16 @@ def projections(attention: nn.Module) -> dict[str, Projection]:
             f"{type(attention).__name__} has no q_proj, k_proj, v_proj (or qkv_proj) and {' or '.join(_O_NAMES)}; its "
             "projections cannot be hooked"
         )
-    found = {"o": Projection(o, int(o.weight.shape[0]))}
+    out, inner = o.get_parameter("weight").shape
+    found = {"o": Projection(o, out)}
     if packed is not None:
-        q = int(o.weight.shape[1])
-        kv = (int(packed.weight.shape[0]) - q) // 2
+        q = inner
+        kv = (len(packed.get_parameter("weight")) - q) // 2
         starts = {"q": (q, 0), "k": (kv, q), "v": (kv, q + kv)}
         return found | {p: Projection(packed, width, start) for p, (width, start) in starts.items()}
     for p, module in zip("qkv", separate, strict=True):
         assert module is not None
-        found[p] = Projection(module, int(module.weight.shape[0]))
+        found[p] = Projection(module, len(module.get_parameter("weight")))
     return found
 
 

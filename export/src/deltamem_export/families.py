@@ -37,6 +37,11 @@ class Family:
     other: str = ""
     windows: str = "none"
 
+    @property
+    def hybrid(self) -> bool:
+        """Whether some layers have no attention."""
+        return self.model_type in ("lfm2", "lfm2_moe")
+
 
 _EPSILON = "the norms' epsilon was fixed"
 
@@ -186,12 +191,20 @@ FAMILIES: dict[str, Family] = {
             "convolutions between the attention layers, carried as `past.{i}.conv`; memory on the attention layers",
         ),
         Family(
+            "Lfm2MoeForCausalLM",
+            "lfm2_moe",
+            "LFM2MoEModel",
+            "LFM 2 (mixture of experts)",
+            "biases of the convolutions' projections were dropped",
+            "as LFM 2; the experts' weights and the routers stay as the activations are, also in int4",
+        ),
+        Family(
             "GptOssForCausalLM",
             "gpt_oss",
             "GPTOSSModel",
             "GPT-OSS",
             "windows went by odd and even layers, whatever `layer_types` says",
-            "attention sinks; windows; a mixture of experts",
+            "attention sinks; windows; experts and routers as the activations are, also in int4",
             windows="types",
         ),
     )
@@ -228,7 +241,6 @@ REFUSED: dict[str, str] = {
     "VideoChatFlashQwenForCausalLM": _CODE,
     "PhiMoEForCausalLM": "the builder makes its mixture of experts for CUDA and 4 bits alone",
     "PhimoeForCausalLM": "the builder makes its mixture of experts for CUDA and 4 bits alone",
-    "Lfm2MoeForCausalLM": "its routers choose experts in a way that has not been checked here",
     "Gemma3ForConditionalGeneration": _VISION,
     "Gemma4ForConditionalGeneration": _VISION,
     "Gemma4UnifiedForConditionalGeneration": _VISION,
@@ -263,6 +275,13 @@ def find_family(architecture: str, model_type: str) -> Family:
     raise ExportError(
         f"architecture {architecture} ({model_type}) is not supported; supported are {', '.join(sorted(FAMILIES))}"
     )
+
+
+def builder_class(config: PretrainedConfig, family: Family) -> str:
+    """The class that the builder itself would take."""
+    c: Any = config
+    long = family.model_type == "phi3" and c.original_max_position_embeddings != c.max_position_embeddings
+    return "Phi3MiniLongRoPEModel" if long else family.builder
 
 
 def check_settings(config: PretrainedConfig, family: Family) -> None:
@@ -303,7 +322,9 @@ def check_settings(config: PretrainedConfig, family: Family) -> None:
             raise ExportError(
                 f"layer_types holds {sorted(kinds - _ATTENTION_KINDS)}: the builder makes every layer an attention layer"
             )
-    if family.architecture == "Lfm2ForCausalLM" and "full_attention" not in c.layer_types:
+    if family.architecture == "Lfm2MoeForCausalLM":
+        refuse_unless("norm_topk_prob", True, "ONNX Runtime's mixture of experts always normalises")
+    if family.hybrid and "full_attention" not in c.layer_types:
         raise ExportError("layer_types holds no full_attention; the memory lives on attention layers")
 
 

@@ -21,11 +21,12 @@ _KINDS = {
     ir.DataType.INT8: "int8",
 }
 PROJECTIONS = frozenset({"MatMul", "MatMulNBits"})
-# Between a projection and the attention there may be a bias, the split of a packed projection, a clip, norms of q and k,
-# and RoPE.
+# Between a projection and the attention there may be a bias, the split of a packed projection, a clip, norms of q and k
+# (in float32 where the rest is 16 bits wide), and RoPE.
 _ON_THE_WAY = frozenset(
     {
         "Add",
+        "Cast",
         "Clip",
         "Split",
         "Reshape",
@@ -200,12 +201,13 @@ def _states(model: ir.Model) -> tuple[StateFacts, ...]:
         if not name.startswith("past."):
             continue
         after = outputs.get(f"present.{name.removeprefix('past.')}")
-        sizes = list(value.shape)[1:] if value.shape is not None else []
+        dims = list(value.shape)[1:] if value.shape is not None else []
+        sizes = tuple(d for d in dims if isinstance(d, int))
         dtype = _KINDS.get(value.dtype or _FLOAT)
-        if after is None or after.dtype != value.dtype or not all(isinstance(size, int) for size in sizes) or not dtype:
+        if after is None or after.dtype != value.dtype or len(sizes) != len(dims) or not dtype:
             raise ExportError(
                 f"the built graph carries {name} as {value.dtype} {value.shape}, expected a float type, known sizes and an "
                 f"output present.{name.removeprefix('past.')} of the same type"
             )
-        found.append(StateFacts(name, name_of(after), dtype, tuple(int(size) for size in sizes)))
+        found.append(StateFacts(name, name_of(after), dtype, sizes))
     return tuple(found)

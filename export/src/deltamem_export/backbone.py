@@ -125,13 +125,17 @@ def read_config(directory: Path, any_family: bool = False) -> PretrainedConfig:
     Raises:
         ExportError: unreadable, or of a family that is not supported.
     """
+    path = directory / "config.json"
     try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        architecture = (said.get("architectures") or ["(none)"])[0]
+        # Before transformers reads it, which does not know families that bring their own code.
+        family = None if any_family else find_family(architecture, str(said.get("model_type")))
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{directory / 'config.json'}: {first_line(error)}") from error
-    architecture = (getattr(config, "architectures", None) or ["(none)"])[0]
-    if not any_family:
-        check_settings(config, find_family(architecture, config.model_type))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"{path}: {first_line(error)}") from error
+    if family is not None:
+        check_settings(config, family)
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(f"{directory}: the backbone is already quantised; export from its unquantised weights")
     return config

@@ -34,6 +34,8 @@ from deltamem_export.errors import AdapterError, first_line
 CONFIG_FILE = "delta_mem_config.json"
 OFFICIAL_FILE = "delta_mem_adapter.pt"
 SAFETENSORS_FILE = "adapter.safetensors"
+FORMS = {"safetensors": SAFETENSORS_FILE, "official": OFFICIAL_FILE}
+_METADATA = {"format": "deltamem-adapter"}
 
 DELTA_HEADS = ("q", "k", "v", "o")
 UPDATE_MODES = ("standard", "lambda_outside", "no_lambda")
@@ -357,32 +359,12 @@ class Adapter:
             AdapterError: names the setting or key, what was found and what was expected.
         """
         directory = Path(directory)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{directory}: no such adapter directory")
-        config_path = directory / CONFIG_FILE
-        if not config_path.is_file():
-            raise FileNotFoundError(
-                f"{config_path}: not found; an adapter directory holds {CONFIG_FILE} and its tensors"
-            )
-        try:
-            settings = json.loads(config_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AdapterError(f"{config_path}: not JSON ({error})") from error
-        if not isinstance(settings, dict):
-            raise AdapterError(f"{config_path}: is {type(settings).__name__}, expected a JSON object")
-        try:
-            config = AdapterConfig.from_dict(settings)
-        except AdapterError as error:
-            raise AdapterError(f"{config_path}: {error}") from None
-
-        ours, official = directory / SAFETENSORS_FILE, directory / OFFICIAL_FILE
-        if ours.is_file():
-            path, tensors = ours, _read_safetensors(ours)
-        elif official.is_file():
-            path, tensors = official, _read_official(official)
-        else:
+        config = _read_config(directory)
+        forms = stored_forms(directory)
+        if not forms:
             raise FileNotFoundError(f"{directory}: holds neither {SAFETENSORS_FILE} nor {OFFICIAL_FILE}")
-        return cls.from_tensors(config, tensors, source=str(path))
+        path = directory / FORMS[forms[0]]
+        return cls.from_tensors(config, _read_tensors(path), source=str(path))
 
     @classmethod
     def from_tensors(cls, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str = "adapter") -> Adapter:
@@ -405,7 +387,7 @@ class Adapter:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        save_file(dict(self.tensors()), directory / SAFETENSORS_FILE, metadata={"format": "deltamem-adapter"})
+        save_file(dict(self.tensors()), directory / SAFETENSORS_FILE, metadata=_METADATA)
 
     def _hidden(self, i: int) -> int:
         tensor = self.layers[i].get("memory_q_proj")
@@ -463,6 +445,81 @@ def expected_shapes(
     return required, optional
 
 
+def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], to: str | None = None) -> tuple[Path, int]:
+    """Writes an adapter in another form: `official` (a dict of tensors by `torch.save`) or `safetensors`. Tensors keep their
+    bits and dtypes, the settings file its bytes.
+
+    Args:
+        source: the adapter's folder.
+        target: the folder to write to, made if need be; it may be `source`.
+        to: the form; the other one if not given.
+
+    Returns:
+        the file of tensors that was written, and how many there are.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file that must be there is not.
+        AdapterError: the source is not a sound adapter, is in both forms while `to` is not given, or the target holds
+            tensors already.
+    """
+    source, target = Path(source), Path(target)
+    config = _read_config(source)
+    forms = stored_forms(source)
+    if not forms:
+        raise FileNotFoundError(f"{source}: holds neither {SAFETENSORS_FILE} nor {OFFICIAL_FILE}")
+    if to is None and len(forms) > 1:
+        raise AdapterError(
+            f"{source}: holds both {SAFETENSORS_FILE} and {OFFICIAL_FILE}; say which form to write with --to"
+        )
+    to = to or next(form for form in FORMS if form not in forms)
+    path = source / FORMS[next((form for form in forms if form != to), to)]
+    tensors = _read_tensors(path)
+    adapter = Adapter.from_tensors(config, tensors, source=str(path))
+    for form in FORMS:
+        found = target / FORMS[form]
+        if found.exists() and found.resolve() != path.resolve():
+            raise AdapterError(f"{found}: exists already; choose another folder or remove it")
+    target.mkdir(parents=True, exist_ok=True)
+    settings = (source / CONFIG_FILE).read_bytes()
+    if (target / CONFIG_FILE).resolve() != (source / CONFIG_FILE).resolve():
+        (target / CONFIG_FILE).write_bytes(settings)
+    ordered = {key: tensors[key].detach().clone().contiguous() for key, _ in adapter.tensors()}
+    written = target / FORMS[to]
+    if to == "official":
+        torch.save(ordered, written)
+    else:
+        save_file(ordered, written, metadata=_METADATA)
+    return written, len(ordered)
+
+
+def stored_forms(directory: Path) -> list[str]:
+    """The forms that an adapter folder holds its tensors in; the first is the one that `Adapter.load` reads."""
+    return [form for form, file in FORMS.items() if (directory / file).is_file()]
+
+
+def _read_config(directory: Path) -> AdapterConfig:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such adapter directory")
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; an adapter directory holds {CONFIG_FILE} and its tensors")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{path}: is {type(settings).__name__}, expected a JSON object")
+    try:
+        return AdapterConfig.from_dict(settings)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """As they are stored, of whatever dtype."""
+    return _read_official(path) if path.name == OFFICIAL_FILE else _read_safetensors(path)
+
+
 def _read_official(path: Path) -> dict[str, Tensor]:
     """`weights_only`: the file may hold tensors and containers of tensors, and no code."""
     try:
@@ -510,7 +567,7 @@ def _plain(value: Any) -> Any:
 
 
 def _ranges(numbers: list[int]) -> str:
-    return f"0 to {numbers[-1]}" if numbers == list(range(len(numbers))) else str(numbers)
+    return f"0 to {numbers[-1]}" if numbers and numbers == list(range(len(numbers))) else str(numbers)
 
 
 def _expect(condition: bool, name: str, found: object, expected: str) -> None:

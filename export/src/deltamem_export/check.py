@@ -138,10 +138,10 @@ def open_graph(graph: Path, backbone: Backbone, precision: Precision) -> GraphRu
     return GraphRun(load_graph(graph, precision), graph.parent, (g.num_kv_heads, g.head_dim))
 
 
-def load_graph(graph: Path, precision: Precision) -> ir.Model:
+def load_graph(graph: Path, precision: Precision, scratch: Path | None = None) -> ir.Model:
     """The graph as it is compared, its weights left in their file: quantised products at accuracy level 1, bfloat16 as
-    float32 (a file beside the graph)."""
-    model = ir.load(in_float32(graph) if precision.name == "bf16" else graph)
+    float32 (a new file beside the graph, or in `scratch`)."""
+    model = ir.load(in_float32(graph, scratch) if precision.name == "bf16" else graph)
     if precision.quantised:
         for node in model.graph:
             if node.op_type == "MatMulNBits":

@@ -9,17 +9,20 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from deltamem_export.errors import ExportError
 
+DIFFERS = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 CHECKS: dict[str, bool | str] = {"auto": True, "whole": "whole", "layers": "layers", "none": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for an error that the person can mend, 130 when interrupted."""
+    """Runs one command and returns its exit code: 0, 1 where `verify` finds a difference, 2 for an error that the person can mend,
+    130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(training="train" in given[:1])
     args = parser.parse_args(given)
@@ -58,9 +61,9 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     bundle.add_argument("--out", required=True, metavar="DIR", help="the bundle's directory, made whole or not at all")
     bundle.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "int4"),
+        choices=("fp32", "fp16", "bf16", "int8", "int4"),
         default="fp32",
-        help="of the backbone; the memory is float32 (default fp32)",
+        help="of the backbone; the memory is float32; bf16 runs on CUDA only (default fp32)",
     )
     bundle.add_argument("--name", help="the bundle's name (default: the directory's)")
     bundle.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
@@ -70,7 +73,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         type=int,
         default=32,
         metavar="N",
-        help="weights that share a scale: 16 to 256 (default 32)",
+        help="int4, int8: weights that share a scale: 16 to 256 (default 32)",
     )
     bundle.add_argument(
         "--int4-accuracy-level",
@@ -78,6 +81,20 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         default=4,
         metavar="N",
         help="4 rounds activations to int8 and is fastest on CPUs; 1 keeps them in float32, and splits of a stream agree (default 4)",
+    )
+    bundle.add_argument("--int4-asymmetric", action="store_true", help="store a zero point with each scale")
+    bundle.add_argument(
+        "--int4-algorithm",
+        choices=("default", "rtn", "k_quant"),
+        default="default",
+        help="how scales are chosen; k_quant searches for the least error and takes much longer (default: default)",
+    )
+    bundle.add_argument("--int4-embeddings", action="store_true", help="quantise the token embeddings too")
+    bundle.add_argument(
+        "--kv",
+        choices=("float", "int8"),
+        default="float",
+        help="the KV cache: as the activations are, or in 8 bits with calibrated scales (default float)",
     )
     bundle.add_argument("--threads", type=int, metavar="N", help="threads for the comparison (default: all cores)")
     bundle.set_defaults(run=_bundle)
@@ -117,12 +134,46 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH", help="a bundle's or an adapter's directory")
     inspect.set_defaults(run=_inspect)
 
-    convert = commands.add_parser("convert", help="rewrite an official adapter as safetensors")
-    convert.add_argument(
-        "adapter", metavar="ADAPTER", help="a folder with delta_mem_config.json and delta_mem_adapter.pt"
+    verify = commands.add_parser(
+        "verify",
+        help="compare a bundle with the checkpoint it was made from",
+        description="Runs the PyTorch reference on your backbone and adapter, and the bundle, side by side on your text: turns, chunks, "
+        "single tokens, reading alone. Prints the differences of every layer, where the two part first, and a verdict. Exit code 0: "
+        "good, 1: the bundle differs, 2: it could not be compared.",
+        epilog="example: deltamem-export verify my-bundle --backbone Qwen3-4B-Instruct-2507 --adapter delta-mem --text notes.txt",
+    )
+    verify.add_argument("bundle", metavar="BUNDLE", help="the bundle's directory")
+    verify.add_argument(
+        "--backbone", required=True, metavar="DIR", help="the Hugging Face folder that it was made from"
+    )
+    verify.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
+    verify.add_argument(
+        "--text", metavar="FILE", help="text to compare on, in UTF-8 (default: pseudo-random token ids)"
+    )
+    verify.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="compare N tokens (default: all of the text, or 160, or more for a small window)",
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument("--threads", type=int, metavar="N", help="threads for both sides (default: all cores)")
+    verify.set_defaults(run=_verify)
+
+    convert = commands.add_parser(
+        "convert",
+        help="rewrite an adapter: official to safetensors, or back",
+        description="Writes an adapter in its other form. Tensors keep their bits and dtypes, the settings file its bytes.",
+        epilog="example: deltamem-export convert delta-mem delta-mem-safetensors",
     )
     convert.add_argument(
-        "out", metavar="OUT", help="the folder to write delta_mem_config.json and adapter.safetensors to"
+        "adapter",
+        metavar="ADAPTER",
+        help="a folder with delta_mem_config.json and delta_mem_adapter.pt or adapter.safetensors",
+    )
+    convert.add_argument("out", metavar="OUT", help="the folder to write to")
+    convert.add_argument(
+        "--to", choices=("official", "safetensors"), help="the form to write (default: the one that ADAPTER is not in)"
     )
     convert.set_defaults(run=_convert)
 
@@ -163,7 +214,15 @@ def _bundle(args: argparse.Namespace) -> None:
         args.backbone,
         args.adapter,
         args.out,
-        Precision(args.precision, args.int4_block_size, args.int4_accuracy_level),
+        Precision(
+            args.precision,
+            args.int4_block_size,
+            args.int4_accuracy_level,
+            symmetric=not args.int4_asymmetric,
+            algorithm=args.int4_algorithm,
+            embeddings=args.int4_embeddings,
+            kv=args.kv,
+        ),
         name=args.name,
         force=args.force,
         check=CHECKS[args.check],
@@ -193,12 +252,35 @@ def _inspect(args: argparse.Namespace) -> None:
     print(describe(args.path))
 
 
-def _convert(args: argparse.Namespace) -> None:
-    from deltamem_export.adapter import Adapter
+def _verify(args: argparse.Namespace) -> int:
+    from deltamem_export.bundle import set_threads
+    from deltamem_export.verify import verify
 
-    adapter = Adapter.load(args.adapter)
-    adapter.save(args.out)
-    print(f"wrote {len(list(adapter.tensors()))} tensors to {args.out}")
+    if args.threads is not None:
+        set_threads(args.threads)
+    text = None
+    if args.text is not None:
+        try:
+            text = Path(args.text).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ExportError(f"{args.text}: is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+    report = verify(
+        args.bundle,
+        args.backbone,
+        args.adapter,
+        text=text,
+        tokens=args.tokens,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(report.to_json() if args.json else report)
+    return 0 if report.good else DIFFERS
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from deltamem_export.adapter import convert
+
+    written, count = convert(args.adapter, args.out, args.to)
+    print(f"wrote {count} tensors to {written}")
 
 
 def _terminate(*_: Any) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from deltamem_export.decoder import Projection, attentions, projections
@@ -220,7 +221,8 @@ def hooked(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[Place, Floa
 
     def keep(place: Place, value: Any) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
-        found[place] = tensor.detach().float().numpy().reshape(-1, tensor.shape[-1])
+        # A copy: some families go on in place (OLMo clamps what its projections return).
+        found[place] = tensor.detach().to(torch.float32, copy=True).numpy().reshape(-1, tensor.shape[-1])
 
     def before(place: Place, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(place, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])

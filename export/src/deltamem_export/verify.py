@@ -1,0 +1,539 @@
+"""A bundle beside the checkpoint it was made from: the same tokens through the PyTorch reference on the user's own backbone
+and adapter, and through the bundle's graph in Python's onnxruntime. Turns with fresh caches, a prompt in one piece, in
+chunks, token by token, and with writes off. It says how far the two are apart in every layer, where they part first, and
+whether that is within what the precision allows. It changes nothing on disk.
+
+Two things are asked. Is this the same checkpoint: digests of the files and the parts of the fingerprint, and for weights in
+blocks the distance to the backbone's. Does it compute the same: logits and states. A bundle is good when both hold.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from tokenizers import Tokenizer
+
+from deltamem_export import manifest
+from deltamem_export.adapter import Adapter
+from deltamem_export.backbone import Backbone
+from deltamem_export.bundle import adapter_digest
+from deltamem_export.check import LARGE, TOLERANCES, load_graph
+from deltamem_export.errors import ExportError, first_line
+from deltamem_export.kv import read_scales
+from deltamem_export.precision import ALGORITHMS, BLOCK_SIZES, Precision
+from deltamem_export.probe import (
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    LOGITS,
+    STATE,
+    Difference,
+    Differences,
+    Place,
+    find_grafted,
+    find_places,
+    hooked,
+    kv_layers,
+    read_places,
+    watched_values,
+)
+from deltamem_export.reference import attach
+from deltamem_export.runner import GraphRun, Ids, Spans
+from deltamem_export.structure import find_attentions
+from deltamem_export.text import copy_text, text_digest
+from deltamem_export.weights import FAR, distances, weights_of
+
+# States are float32 whatever the precision; what reaches them is not. Relative to 1, or to the largest state.
+STATE_TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-5, "int8": 1e-5, "int4": 1e-5}
+# With a KV cache in 8 bits, logits and states move with its rounding, which the reference does not have.
+INT8_KV_TOLERANCES = (3e-1, 3e-2)
+TOKENS = 160
+MIN_TOKENS = 16
+# A window is passed without being asked only if that takes no more tokens than this.
+_MOST_TOKENS = 1024
+_STEPS = 8
+
+Float32 = npt.NDArray[np.float32]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The largest and the mean difference of something, and the tolerance it is held to (None: it is shown only)."""
+
+    max: float
+    mean: float
+    tolerance: float | None = None
+
+    @property
+    def good(self) -> bool:
+        return self.tolerance is None or self.max <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: None where the graph has no such place, or the layer no memory."""
+
+    layer: int
+    attention_input: Apart | None
+    attention_output: Apart | None
+    state: Apart | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        bundle, backbone, adapter: the paths.
+        precision: the bundle's, as in its fingerprint (`int4/32/4`) where the backbone is the bundle's own.
+        tokens: how many were compared.
+        calls: each call in words.
+        identity: what is not the checkpoint that was exported, in words; empty if all of it is.
+        logits, states: None where the two cannot be run side by side at all.
+        same_next_token: of `tokens` positions.
+        layers: every layer with attention.
+        first: where the two part first, in words; None if they do not.
+        notes: what a reader should know of how it was compared.
+    """
+
+    bundle: str
+    backbone: str
+    adapter: str
+    precision: str
+    tokens: int
+    calls: tuple[str, ...]
+    identity: tuple[str, ...]
+    logits: Apart | None
+    states: Apart | None
+    same_next_token: int
+    layers: tuple[Layer, ...]
+    first: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def computes_the_same(self) -> bool:
+        return self.logits is not None and self.states is not None and self.logits.good and self.states.good
+
+    @property
+    def good(self) -> bool:
+        return self.computes_the_same and not self.identity
+
+    @property
+    def verdict(self) -> str:
+        if self.good:
+            return "good: the bundle is this checkpoint and computes what it computes"
+        if self.logits is None:
+            return "differs: the bundle was made from another model"
+        if self.computes_the_same:
+            return "differs: the numbers agree, but this is not bit for bit what was exported"
+        return f"differs, first at {self.first}"
+
+    def to_json(self) -> str:
+        """One object; an infinite difference is null."""
+        found = asdict(self) | {"good": self.good, "verdict": self.verdict}
+        return json.dumps(_finite(found), ensure_ascii=False, indent=2)
+
+    def __str__(self) -> str:
+        lines = [
+            f"bundle     {self.bundle} ({self.precision})",
+            f"backbone   {self.backbone}",
+            f"adapter    {self.adapter}",
+            "identity   " + ("\n           ".join(self.identity) or "the checkpoint that was exported"),
+        ]
+        if self.logits is not None and self.states is not None:
+            lines += [f"compared   {self.tokens} tokens: " + "\n           ".join(self.calls), "", *self._table(), ""]
+            lines += [
+                f"logits     {_show(self.logits)}; the same next token at {self.same_next_token} of {self.tokens} positions",
+                f"states     {_show(self.states)}",
+                f"first      {self.first or 'no place differs'}",
+            ]
+        return "\n".join([*lines, *(f"note       {note}" for note in self.notes), self.verdict])
+
+    def _table(self) -> list[str]:
+        heads = ("attention input", "attention output", "state")
+        lines = [
+            "layer  " + "".join(f"{head:<22}" for head in heads).rstrip(),
+            "       " + ("max       mean        " * len(heads)).rstrip(),
+        ]
+        for layer in self.layers:
+            found = (layer.attention_input, layer.attention_output, layer.state)
+            cells = (f"{a.max:<10.1e}{a.mean:<12.1e}" if a else f"{'-':<22}" for a in found)
+            lines.append(f"{layer.layer:<7}" + "".join(cells).rstrip())
+        return lines
+
+
+def verify(
+    bundle: str | os.PathLike[str],
+    backbone: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Adapter,
+    *,
+    text: str | None = None,
+    tokens: int | None = None,
+    say: Say = lambda _: None,
+) -> Report:
+    """Compares a bundle with the checkpoint it was made from.
+
+    Args:
+        bundle: the bundle's directory.
+        backbone: the Hugging Face folder.
+        adapter: the adapter's folder, or one in memory.
+        text: run through the bundle's tokenizer; pseudo-random ids if there is none.
+        tokens: the most tokens to compare; all of the text, or 160 (and more than a small window), if not given.
+        say: gets a line before each long step.
+
+    Raises:
+        FileNotFoundError: a folder or file that must be there is not.
+        ExportError, AdapterError: the three cannot be read, or the adapter does not fit the backbone.
+    """
+    directory = Path(bundle)
+    found = manifest.read(directory)
+    graph, kv_dtype = directory / found["graph"]["file"], found["graph"]["kv_dtype"]
+    if not graph.is_file():
+        raise FileNotFoundError(f"{graph}: not found; the bundle is not whole")
+    say("hashing the bundle's files")
+    identity = list(_damaged(directory, found["files"]))
+    say(f"reading {backbone}")
+    body = Backbone.load(backbone, any_family=True)
+    memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    layers = memory.check_backbone(body.shapes)
+    precision = _precision(body, found, graph)
+    identity += _strangers(directory, found, body, memory, layers, precision)
+    precision = precision or Precision(found["precision"], kv="int8" if kv_dtype == "int8" else "float")
+    report = Report(
+        bundle=str(directory),
+        backbone=str(backbone),
+        adapter=str(adapter) if not isinstance(adapter, Adapter) else adapter.source,
+        precision=precision.setting,
+        tokens=0,
+        calls=(),
+        identity=tuple(identity),
+        logits=None,
+        states=None,
+        same_next_token=0,
+        layers=(),
+        first=None,
+        notes=(),
+    )
+    if not _comparable(found, body, memory, layers):
+        return report
+    ids, notes = _ids(directory, found, body, text, tokens)
+    spans = memory.config.writes_spans
+    turns = _turns(ids, spans)
+    if precision.quantised:
+        notes.append("the reference has the weights that the graph's blocks stand for; activations are float32 in both")
+    if precision.name == "bf16":
+        notes.append("bfloat16 was widened to float32: the CPU has none")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model = load_graph(graph, precision, Path(scratch))
+        folder = Path(scratch) if precision.name == "bf16" else directory
+        say("running the reference")
+        wrong = _wrong_blocks(graph, body, precision)
+        want = _reference(body, memory, graph, precision, turns, kv_layers(model.graph))
+        sizes = (body.geometry.num_kv_heads, body.geometry.head_dim)
+        del body
+        gc.collect()
+        try:
+            say("running the bundle")
+            got = list(_run(GraphRun(model, folder, sizes), turns, layers))
+            say("running the bundle once more, looking inside")
+            model = load_graph(graph, precision, Path(scratch))
+            places = _places(model.graph, layers)
+            inside = GraphRun(model, folder, sizes, watched_values(places))
+            differences = Differences()
+            for expected, values in zip(want, _run(inside, turns, layers, places), strict=True):
+                differences.add(expected, values)
+        except (ExportError, OSError):
+            raise
+        except Exception as error:  # whatever ONNX Runtime says of a damaged graph
+            raise ExportError(f"{graph}: cannot be run ({first_line(error)})") from error
+
+    outside = Differences()
+    for expected, values in zip(want, got, strict=True):
+        outside.add(expected, values)
+    limits = _limits(precision)
+    logits = _apart(outside.places[Place(None, LOGITS)], limits[0], LARGE)
+    states = _worst([_apart(d, limits[1], 1.0) for place, d in outside.places.items() if place.what == STATE])
+    same = sum(int((a[_LOGITS].argmax(-1) == b[_LOGITS].argmax(-1)).sum()) for a, b in zip(want, got, strict=True))
+    first = None
+    if not (logits.good and states.good) or wrong:
+        at = differences.first(TOLERANCES[precision.name] / LARGE)
+        first = "; ".join(wrong) or (differences.where(at.place) if at else "no place inside; only the sum is over")
+    return replace(
+        report,
+        tokens=len(ids),
+        calls=tuple(call.name for turn in turns for call in turn),
+        identity=(*report.identity, *wrong),
+        logits=logits,
+        states=states,
+        same_next_token=same,
+        layers=tuple(_layers(differences)),
+        first=first,
+        notes=tuple(notes),
+    )
+
+
+# ---------------------------------------------------------------------- the same checkpoint?
+
+
+def _damaged(directory: Path, files: Mapping[str, Any]) -> Iterator[str]:
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file():
+            yield f"the bundle's {name} is missing"
+        elif manifest.file_entry(path) != entry:
+            yield f"the bundle's {name} is not the file that was exported: its bytes have changed"
+
+
+def _precision(body: Backbone, found: Mapping[str, Any], graph: Path) -> Precision | None:
+    """The bundle's precision with all its options: the one under which this backbone has the bundle's digest. None if no
+    one has: it is another backbone."""
+    name, wanted = found["precision"], found["fingerprint_parts"]["backbone"]
+    scales = read_scales(graph)
+    quantised = Precision(name).quantised
+    blocks = (
+        itertools.product(BLOCK_SIZES, (1, 2, 3, 4), (True, False), ALGORITHMS, (False, True)) if quantised else [()]
+    )
+    for options in blocks:
+        try:
+            precision = Precision(name, *options, kv="float" if scales is None else "int8")
+        except ExportError:  # two options that exclude each other
+            continue
+        setting = precision.setting if scales is None else f"{precision.setting}/{scales.digest}"
+        if body.digest(setting) == wanted:
+            return precision
+    return None
+
+
+def _strangers(
+    directory: Path,
+    found: Mapping[str, Any],
+    body: Backbone,
+    memory: Adapter,
+    layers: Sequence[int],
+    precision: Precision | None,
+) -> Iterator[str]:
+    """Which parts of the fingerprint are not those of this backbone and adapter, in words."""
+    parts = found["fingerprint_parts"]
+    if precision is None:
+        yield f"the backbone's weights are not those that were exported: no digest of theirs is {parts['backbone'][:12]}…"
+    if adapter_digest(memory) != parts["adapter"]:
+        yield f"the adapter's tensors are not those that were exported: their digest is not {parts['adapter'][:12]}…"
+    own = {
+        "memory": manifest.memory_section(memory.config, tuple(layers)),
+        "backbone": manifest.backbone_section(body.geometry),
+    }
+    for section, values in own.items():
+        for name, value in values.items():
+            if found[section].get(name) != value:
+                yield f"{section}.{name} is {value!r}, in the bundle {found[section].get(name)!r}"
+    with tempfile.TemporaryDirectory() as scratch:
+        text = copy_text(body.directory, Path(scratch), body.geometry.vocab_size, body.tokens.bos, body.tokens.eos)
+        if text_digest(Path(scratch), text) != parts["tokenizer"]:
+            yield "the tokenizer or the chat template is not the one that was exported"
+
+
+def _comparable(found: Mapping[str, Any], body: Backbone, memory: Adapter, layers: Sequence[int]) -> bool:
+    """Whether the two have the same sizes, so that they can be run on the same tokens at all."""
+    sizes = manifest.backbone_section(body.geometry), manifest.memory_section(memory.config, tuple(layers))
+    names = ("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "vocab_size")
+    backbone = all(found["backbone"][name] == sizes[0][name] for name in names)
+    return backbone and all(found["memory"][n] == sizes[1][n] for n in ("layers", "heads", "rank", "write_granularity"))
+
+
+def _wrong_blocks(graph: Path, body: Backbone, precision: Precision) -> list[str]:
+    """Matrices of the backbone that the graph's blocks are no rounding of."""
+    if not precision.quantised:
+        return []
+    limit = FAR[precision.name]
+    return [
+        f"{name}: the bundle's blocks are not this matrix rounded (off by {distance:.2g} of its size, where rounding "
+        f"takes {limit:g} at most)"
+        for name, distance in distances(graph, body.model)
+        if not distance <= limit
+    ]
+
+
+# ---------------------------------------------------------------------- what is run
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    ids: Ids
+    cuts: tuple[int, ...] = ()
+    write: bool = True
+    spans: Spans | None = None
+
+
+_LOGITS = Place(None, LOGITS)
+
+
+def _ids(
+    directory: Path, found: Mapping[str, Any], body: Backbone, text: str | None, tokens: int | None
+) -> tuple[Ids, list[str]]:
+    """The tokens to compare on, and notes for the reader."""
+    notes = []
+    window = getattr(body.config, "sliding_window", None) or 0
+    enough = 3 * window  # two turns of five pass it
+    length = tokens or (max(TOKENS, enough) if enough <= _MOST_TOKENS else TOKENS)
+    if text is not None and found["text"] is not None:
+        tokenizer = Tokenizer.from_file(str(directory / found["text"]["tokenizer"]))
+        ids = np.array(tokenizer.encode(text).ids, np.int64)[:tokens]
+    else:
+        if text is not None:
+            notes.append("the bundle has no tokenizer, so the text was not used: the ids are pseudo-random")
+        ids = np.random.default_rng(0).integers(0, body.geometry.vocab_size, length)
+    if len(ids) < MIN_TOKENS:
+        raise ExportError(f"{len(ids)} tokens are too few to compare on; {MIN_TOKENS} or more are needed")
+    longest = body.geometry.context_length * 5 // 2
+    if len(ids) > longest:
+        notes.append(f"the first {longest} of {len(ids)} tokens are compared: a turn of more is beyond the context")
+        ids = ids[:longest]
+    if window and len(ids) * 2 // 5 <= window:
+        notes.append(
+            f"no turn was longer than the attention's window of {window} tokens; --tokens {enough} or a longer text would be"
+        )
+    return ids, notes
+
+
+def _turns(ids: Ids, spans: bool) -> list[list[_Call]]:
+    """Three turns, each with a fresh cache: a prompt, chunks and then token by token, and one that only reads."""
+    prompt, mixed, last = np.split(ids, [len(ids) * 2 // 5, len(ids) * 4 // 5])
+    steps = min(_STEPS, len(mixed) // 2)
+    head, tail = np.split(mixed, [len(mixed) - steps])
+    cuts = tuple(sorted({1, len(head) // 3, len(head) * 2 // 3} - {0, len(head)}))
+    pieces = f"{len(head)} in {len(cuts) + 1} chunks"
+    if spans:  # a call reads the state from before it, so a generated token is a call of its own
+        return [
+            [_Call(f"{len(prompt)} in spans", prompt, spans=_made_up(prompt))],
+            [
+                _Call(f"{pieces}, in spans", head, cuts, spans=_made_up(head)),
+                *(_Call("1, written as a token", tail[t : t + 1]) for t in range(steps)),
+            ],
+            [_Call(f"{len(last)}, read only", last, (len(last) // 2,), write=False, spans=_made_up(last))],
+        ]
+    every = tuple(range(len(head), len(mixed)))
+    return [
+        [_Call(f"{len(prompt)} in one piece", prompt)],
+        [_Call(f"{pieces}, then {steps} one by one", mixed, (*cuts, *every))],
+        [_Call(f"{len(last)}, read only", last, (len(last) // 2,), write=False)],
+    ]
+
+
+def _made_up(ids: Ids) -> Spans:
+    """Spans of 3 to 9 tokens, every fourth piece in none."""
+    rng = np.random.default_rng(len(ids))
+    pieces = np.repeat(np.arange(len(ids)), rng.integers(3, 10, len(ids)))[: len(ids)]
+    return Spans(np.where(pieces % 4 == 3, -1, pieces).astype(np.int32))
+
+
+def _reference(
+    body: Backbone,
+    memory: Adapter,
+    graph: Path,
+    precision: Precision,
+    turns: Sequence[Sequence[_Call]],
+    layers: Sequence[int],
+) -> list[dict[Place, Float32]]:
+    """Every place of every call in PyTorch. A call is one piece here, so that whatever a cut changes is a difference."""
+    body.to_float32()
+    found = []
+    with weights_of(graph, body.model, precision, far=True), torch.inference_mode():
+        handle = attach(body.model, memory)
+        with hooked(body.model, layers) as places:
+            for turn in turns:
+                cache = None
+                for call in turn:
+                    handle.writes = call.write
+                    if memory.config.writes_spans:
+                        ids = torch.from_numpy(call.spans.ids[None].astype(np.int64)) if call.spans else "token"
+                        handle.spans = ids  # type: ignore[assignment]
+                    out = body.model(torch.from_numpy(call.ids[None]), past_key_values=cache, use_cache=len(turn) > 1)
+                    cache = out.past_key_values if len(turn) > 1 else None
+                    assert handle.state is not None
+                    state = handle.state.numpy()
+                    found.append(dict(places))
+                    for at, i in enumerate(handle.layer_indices):
+                        found[-1][Place(i, STATE)] = state[:, at].copy()
+        handle.detach_hooks()
+    return found
+
+
+def _run(
+    run: GraphRun,
+    turns: Sequence[Sequence[_Call]],
+    layers: Sequence[int],
+    places: Mapping[Place, Any] | None = None,
+) -> Iterator[dict[Place, Float32]]:
+    """The same calls in the graph, cut into chunks."""
+    for turn in turns:
+        run.end_turn()
+        for call in turn:
+            values = run.feed(call.ids, call.cuts, write=call.write, spans=call.spans)
+            found = read_places(places or {}, values)
+            state = run.memory
+            for at, i in enumerate(layers):
+                found[Place(i, STATE)] = state[:, at].copy()
+            yield found
+
+
+def _places(graph: ir.Graph, layers: Sequence[int]) -> dict[Place, Any]:
+    try:
+        found = find_attentions(graph, kv_layers(graph))
+    except ExportError:  # a decoder that the user brought
+        found = find_grafted(graph, layers)
+    return find_places(graph, found)
+
+
+# ---------------------------------------------------------------------- how far apart
+
+
+def _limits(precision: Precision) -> tuple[float, float]:
+    if precision.kv == "int8":
+        return INT8_KV_TOLERANCES
+    return TOLERANCES[precision.name], STATE_TOLERANCES[precision.name]
+
+
+def _apart(found: Difference, tolerance: float, unit: float) -> Apart:
+    return Apart(found.max, found.mean, tolerance * max(1.0, found.size / unit))
+
+
+def _worst(found: Sequence[Apart]) -> Apart:
+    """The one that is the furthest over its tolerance, or the closest to it, with the mean of all."""
+    worst = max(found, key=lambda apart: apart.max / (apart.tolerance or 1.0))
+    return replace(worst, mean=sum(apart.mean for apart in found) / len(found))
+
+
+def _layers(differences: Differences) -> Iterator[Layer]:
+    def at(i: int, what: str) -> Apart | None:
+        found = differences.places.get(Place(i, what))
+        return Apart(found.max, found.mean) if found else None
+
+    for i in sorted({place.layer for place in differences.places if place.layer is not None}):
+        yield Layer(i, at(i, ATTENTION_INPUT), at(i, ATTENTION_OUTPUT), at(i, STATE))
+
+
+def _show(apart: Apart) -> str:
+    return f"max {apart.max:.2g}, mean {apart.mean:.2g}, tolerance {apart.tolerance:.2g}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

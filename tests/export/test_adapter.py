@@ -19,6 +19,7 @@ from deltamem_export.adapter import (
     Adapter,
     AdapterConfig,
     AttentionShape,
+    convert,
 )
 from deltamem_export.errors import AdapterError
 
@@ -273,3 +274,76 @@ def test_a_missing_file_is_named(official: Path, name: str) -> None:
     (official / name).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(name)):
         Adapter.load(official)
+
+
+# ---------------------------------------------------------------------- from one form to the other
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[int], bytes]]:
+    return {
+        key: (t.dtype, list(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()) for key, t in tensors.items()
+    }
+
+
+def official_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    loaded = torch.load(directory / OFFICIAL_FILE, weights_only=True)
+    assert type(loaded) is dict
+    assert {type(tensor) for tensor in loaded.values()} == {torch.Tensor}
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_official_to_ours_and_back_keeps_every_bit(official: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in torch.load(official / OFFICIAL_FILE, weights_only=True).items()}
+    state[KEY + "beta_bias"][:2] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4], dtype=dtype)
+    torch.save(state, official / OFFICIAL_FILE)
+    settings = (official / CONFIG_FILE).read_bytes()
+
+    ours, count = convert(official, tmp_path / "ours")
+    assert (ours.name, count) == (SAFETENSORS_FILE, 27)
+    back, _ = convert(tmp_path / "ours", tmp_path / "back")
+    assert back.name == OFFICIAL_FILE
+    assert bits(load_file(ours)) == bits(official_tensors(tmp_path / "back")) == bits(state)
+    assert (tmp_path / "ours" / CONFIG_FILE).read_bytes() == (tmp_path / "back" / CONFIG_FILE).read_bytes() == settings
+
+
+def test_ours_to_official_and_back_keeps_every_bit(official: Path, tmp_path: Path) -> None:
+    Adapter.load(official).save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "official")
+    convert(tmp_path / "official", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / SAFETENSORS_FILE) for name in ("ours", "back"))
+    assert bits(before) == bits(after)
+
+
+def test_settings_without_effect_survive(official: Path, tmp_path: Path) -> None:
+    """They say how the adapter was trained, and the official code wants to see them again."""
+    change(official, beta_bias_init=-2.5, latent_gate_init=0.5)
+    convert(official, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back")
+    assert settings_of(tmp_path / "back") == settings_of(official)
+    assert settings_of(tmp_path / "back")["beta_bias_init"] == -2.5
+
+
+def test_both_forms_may_lie_in_one_folder_and_then_one_must_be_asked_for(official: Path, tmp_path: Path) -> None:
+    before = bits(official_tensors(official))
+    convert(official, official)
+    assert bits(load_file(official / SAFETENSORS_FILE)) == before
+    with pytest.raises(AdapterError, match="--to"):
+        convert(official, tmp_path / "out")
+    written, _ = convert(official, tmp_path / "out", to="official")
+    assert written.name == OFFICIAL_FILE
+    assert bits(official_tensors(tmp_path / "out")) == before
+
+
+def test_convert_refuses_what_is_unsound_or_in_the_way(official: Path, tmp_path: Path) -> None:
+    convert(official, tmp_path / "ours")
+    with pytest.raises(AdapterError, match="exists already"):
+        convert(official, tmp_path / "ours")
+    with pytest.raises(AdapterError, match="exists already"):
+        convert(official, tmp_path / "ours", to="official")
+    change_tensors(official, beta_bias=torch.full((8,), float("nan")))
+    with pytest.raises(AdapterError, match="beta_bias holds nan"):
+        convert(official, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+    with pytest.raises(FileNotFoundError, match="no such adapter"):
+        convert(tmp_path / "nowhere", tmp_path / "damaged")

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Olmo2Config
 
 from deltamem_export.adapter import Adapter
 from deltamem_export.backbone import Backbone
@@ -24,6 +25,7 @@ from deltamem_export.decoder import attentions
 from deltamem_export.errors import ExportError
 from deltamem_export.precision import Precision
 from deltamem_export.verify import Report, verify
+from plain_onnx import write_plain_onnx
 
 QUIET = {"say": lambda _: None}
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -109,7 +111,7 @@ def test_a_good_bundle_is_good_and_one_swapped_matrix_is_named(
     def weight(*ends: str) -> str:
         return next(name for end in ends for name in sorted(weights) if name.startswith(own) and end in name)
 
-    mlp = weight("down_proj", "fc2", "output_linear", "feed_forward.w2")
+    mlp = weight("down_proj", "fc2", "output_linear", ".w2")
     report = verify(bundle, change_backbone(backbone, tmp_path / "mlp", mlp), adapter)
     named(report, f"layer {layer}: behind the attention")
     assert "the backbone's weights" in report.identity[0]
@@ -203,6 +205,32 @@ def test_writes_of_spans_are_verified_in_spans(make_backbone, make_adapter, tmp_
     good = verify(bundle, backbone, adapter)
     assert good.good, str(good)
     assert "in spans" in str(good)
+    named(verify(bundle, backbone, change_adapter(adapter, 1, "memory_v_proj")), "layer 1: the memory's networks")
+
+
+def test_a_decoder_that_was_brought_is_looked_into_where_the_memory_is(make_adapter, tmp_path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    model = AutoModelForCausalLM.from_config(Olmo2Config(**sizes, **heads), attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "backbone")
+    backbone, onnx = tmp_path / "backbone", write_plain_onnx(model, tmp_path / "brought.onnx")
+    adapter = make_adapter(backbone)
+    bundle = export_bundle(backbone, adapter, tmp_path / "bundle", onnx=onnx, **QUIET)
+    good = verify(bundle, backbone, adapter)
+    assert good.good, str(good)
+    assert all(layer.attention_input and layer.attention_output and layer.state for layer in good.layers)
+    named(verify(bundle, backbone, change_adapter(adapter, 1, "memory_k_proj")), "layer 1: the memory's networks")
+    other = change_backbone(backbone, tmp_path / "other", "model.layers.1.mlp.up_proj.weight")
+    named(verify(bundle, other, adapter), "layer 1: behind the attention", "layer 2")
+
+
+def test_an_8_bit_cache_is_recognised_by_its_scales(qwen, tmp_path) -> None:
+    backbone, adapter, _ = qwen
+    bundle = export_bundle(backbone, adapter, tmp_path / "bundle", Precision(kv="int8"), **QUIET)
+    good = verify(bundle, backbone, adapter)
+    assert good.good, str(good)
+    assert good.precision == "fp32/kv-int8"
     named(verify(bundle, backbone, change_adapter(adapter, 1, "memory_v_proj")), "layer 1: the memory's networks")
 
 

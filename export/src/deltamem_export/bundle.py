@@ -112,6 +112,7 @@ def export_bundle(
         if precision.kv == "int8":
             say("calibrating the KV cache in 8 bits")
             ids = sample_ids(bundle / text.tokenizer if text is not None else None, body.geometry.vocab_size)
+            ids = ids[: body.geometry.context_length]
             cache = (body.geometry.num_kv_heads, body.geometry.head_dim)
             scales, moved = quantise_kv([bundle / MODEL_FILE, bundle / MEASURED_FILE], ids, cache)
             facts = replace(facts, kv_dtype="int8")

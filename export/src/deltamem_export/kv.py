@@ -115,6 +115,22 @@ def read_scales(graph: Path) -> KvScales | None:
     return KvScales(scales) if scales else None
 
 
+def with_float_cache(graph: ir.Graph) -> None:
+    """Takes the 8 bits back, in place: the same graph with its KV cache in the type of its activations."""
+    for i, node in _attentions(graph).items():
+        activations = node.inputs[0]
+        assert activations is not None
+        for value in (*graph.inputs, *graph.outputs):
+            if value.name in [
+                f"{side}.{i}.{what}" for side in ("past_key_values", "present") for what in ("key", "value")
+            ]:
+                value.type = ir.TensorType(activations.dtype or ir.DataType.FLOAT)
+        for at, what in ((_K_SCALE, "k"), (_V_SCALE, "v")):
+            node.replace_input_with(at, None)
+            node.attributes.pop(f"{what}_quant_type")
+        node.attributes.pop("kv_cache_bit_width")
+
+
 def _attentions(graph: ir.Graph) -> dict[int, ir.Node]:
     """Layer → the GroupQueryAttention that its cache feeds."""
     found = {}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import deltamem_rt as dm
+from sealing import resealed
 
 
 def rng_ids(count: int, seed: int = 0) -> np.ndarray:
@@ -217,20 +218,6 @@ def test_a_thousand_mutated_bundles(copy: Path) -> None:
     dm.Model.load(copy)
 
 
-def resealed(bundle: Path) -> None:
-    """Make the digests right again, as somebody would who builds a bundle on purpose."""
-    from blake3 import blake3
-
-    path = bundle / "deltamem.json"
-    manifest = json.loads(path.read_text())
-    for name, entry in manifest["files"].items():
-        data = (bundle / name).read_bytes()
-        entry.update(bytes=len(data), blake3=blake3(data).hexdigest())
-    manifest["digest"] = "0" * 64
-    text = json.dumps(manifest, indent=2)
-    path.write_text(text.replace("0" * 64, blake3(text.encode()).hexdigest(), 1))
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -245,7 +232,11 @@ def resealed(bundle: Path) -> None:
         lambda m: m["graph"].update(kv_layers=[0, 1]),
         lambda m: m["graph"].update(kv_dtype="float16"),
         lambda m: m["graph"].update(kv_dtype="complex"),
-        lambda m: m["graph"].update(shared_kv=False),
+        lambda m: m["graph"].update(states=[{"input": "a", "output": "b", "dtype": "float32", "shape": [2]}]),
+        lambda m: m["graph"].update(states=[{"input": "a", "output": "b", "dtype": "float32", "shape": [2**40]}]),
+        lambda m: m["graph"].update(span_width=32),
+        lambda m: m["memory"].update(write_granularity="sentence"),
+        lambda m: [m["memory"].update(write_granularity="message"), m["graph"].update(span_width=32)],
         lambda m: m["graph"].update(position_ids=True),
         lambda m: m["graph"].update(file="../model.onnx"),
         lambda m: m["graph"].update(file="/etc/passwd"),

@@ -23,6 +23,37 @@ def test_a_bundle_is_described(deltamem, bundle):
     assert json.loads(deltamem("inspect", "--json", bundle).out)["manifest"] == manifest
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("memory", {}, "each token by itself"),
+        ("memory", {"write_granularity": "message"}, "the mean of each message; token ids need spans"),
+        ("memory", {"write_granularity": "sentence"}, "the mean of each sentence; token ids need spans"),
+        ("graph", {}, "a KV cache of 4 layers (0-3) in float32"),
+        ("graph", {"kv_dtype": "int8", "kv_layers": [1, 2, 5]}, "a KV cache of 3 layers (1-2, 5) in int8"),
+        ("graph", {"shared_kv": False}, "in float32, past and present in separate buffers"),
+        (
+            "graph",
+            {"states": [{"input": "past.0.conv", "output": "present.0.conv", "dtype": "float16", "shape": [64, 2]}]},
+            "past.0.conv float16 [64, 2]",
+        ),
+        ("check", {}, "largest difference in the logits"),
+        ("check", {"method": "layers"}, "layer by layer on sampled inputs"),
+        ("check", None, "no: exported with --no-check"),
+    ],
+)
+def test_what_a_bundle_writes_carries_and_was_compared_with_is_told(
+    deltamem, bundle, tmp_path, section, changes, words
+):
+    manifest = json.loads((bundle / "deltamem.json").read_text())
+    manifest[section] = None if changes is None else manifest[section] | changes
+    manifest["files"] = {}
+    (tmp_path / "deltamem.json").write_text(json.dumps(manifest))
+    outcome = deltamem("inspect", tmp_path)
+    assert outcome.code == 0
+    assert words in " ".join(outcome.out.split())
+
+
 def test_a_bundle_that_lost_a_file_or_some_bytes_says_which(deltamem, bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     (copy / "model.onnx").unlink()

@@ -18,6 +18,13 @@ from .terminal import Terminal, count, pairs, shorten, size
 _HEADER_LIMIT = 100 * 1024 * 1024
 """The safetensors format's own limit for a header: nothing longer is read."""
 
+_WRITES = {
+    "token": "each token by itself",
+    "message": "the mean of each message; token ids need spans (id of each token's message), a reply's tokens write by themselves",
+    "sentence": "the mean of each sentence; token ids need spans (id of each token's sentence), a reply's tokens write by themselves",
+}
+"""What one write covers, for people."""
+
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
@@ -74,11 +81,7 @@ def _files_that_differ(path: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _show_bundle(path: Path, manifest: dict[str, Any], problems: list[str], terminal: Terminal) -> None:
-    backbone, memory, check = (
-        _section(manifest, "backbone"),
-        _section(manifest, "memory"),
-        _section(manifest, "check"),
-    )
+    backbone, memory, graph = (_section(manifest, name) for name in ("backbone", "memory", "graph"))
     layers, heads, rank = memory.get("layers") or [], memory.get("heads", 0), memory.get("rank", 0)
     text = _section(manifest, "text")
     terminal.line(
@@ -99,21 +102,16 @@ def _show_bundle(path: Path, manifest: dict[str, Any], problems: list[str], term
         (
             "rule",
             f"{memory.get('update_mode', '?')}, {'coupled' if memory.get('couple_lambda') else 'own'} lambda, a gate per "
-            f"{memory.get('gates', '?')}, writes per {memory.get('write_granularity', '?')}, alpha {memory.get('alpha', '?')}, "
-            f"corrects {', '.join(memory.get('delta_heads') or ['?'])}",
+            f"{memory.get('gates', '?')}, alpha {memory.get('alpha', '?')}, corrects {', '.join(memory.get('delta_heads') or ['?'])}",
         ),
+        ("writes", _WRITES.get(str(memory.get("write_granularity")), str(memory.get("write_granularity", "?")))),
         ("precision", str(manifest.get("precision", "?"))),
+        ("inside a turn", _turn(graph)),
         (
             "text",
             f"yes{'' if text.get('chat_template') else ', without a chat template'}" if text else "no: token ids only",
         ),
-        (
-            "checked",
-            f"{check.get('tokens', '?')} tokens against {check.get('against', '?')}: largest difference in the logits "
-            f"{check.get('max_abs_diff', '?')} (allowed {check.get('tolerance', '?')})"
-            if check
-            else "no: exported without comparing the backbone with its origin",
-        ),
+        ("checked", _checked(_section(manifest, "check"))),
         (
             "made by",
             ", ".join(f"{name} {version}" for name, version in _section(manifest, "made_by").items()) or "-",
@@ -127,6 +125,36 @@ def _show_bundle(path: Path, manifest: dict[str, Any], problems: list[str], term
         terminal.line(line)
     for problem in problems:
         terminal.line(terminal.bad(f"  {problem}"))
+
+
+def _turn(graph: dict[str, Any]) -> str:
+    """What a turn carries, and drops at its end."""
+    layers = graph.get("kv_layers") or []
+    parts = [
+        f"a KV cache of {count(len(layers), 'layer')} ({_ranges(layers)}) in {graph.get('kv_dtype', '?')}"
+        f"{'' if graph.get('shared_kv') else ', past and present in separate buffers'}"
+        if layers
+        else "no KV cache"
+    ]
+    parts += [
+        f"{state.get('input', '?')} {state.get('dtype', '?')} {state.get('shape', '?')}"
+        for state in graph.get("states") or []
+        if isinstance(state, dict)
+    ]
+    return "; ".join(parts)
+
+
+def _checked(check: dict[str, Any]) -> str:
+    """What the exporter compared the graph with."""
+    if not check:
+        return "no: exported with --no-check, so nothing shows that the graph computes what its origin does"
+    what = "in the logits"
+    if check.get("method") == "layers":
+        what = "layer by layer on sampled inputs, the whole model was never run"
+    return (
+        f"{check.get('tokens', '?')} tokens against {check.get('against', '?')}: largest difference {what}: "
+        f"{check.get('max_abs_diff', '?')} (allowed {check.get('tolerance', '?')})"
+    )
 
 
 # ---------------------------------------------------------------- snapshot

@@ -414,6 +414,10 @@ mod tests {
 
     /// One token a byte, with offsets from the real thing.
     fn bytes_tokenizer() -> Text {
+        bytes_tokenizer_with(&serde_json::Value::Null)
+    }
+
+    fn bytes_tokenizer_with(post_processor: &serde_json::Value) -> Text {
         let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
         let mut alphabet: Vec<char> = alphabet.into_iter().collect();
         alphabet.sort_unstable();
@@ -423,9 +427,11 @@ mod tests {
             .map(|(id, c)| (c.to_string(), id.into()))
             .collect();
         let file = serde_json::json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [
+                {"id": 256, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}
+            ], "normalizer": null,
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true},
-            "post_processor": null, "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+            "post_processor": post_processor, "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
             "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
                       "fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": []}
         });
@@ -517,6 +523,35 @@ mod tests {
             let error = chat(&counts, &[("system", "a"), ("user", "b")], granularity).unwrap_err();
             assert!(matches!(error, TextError::Spans(_)), "{error}");
             assert!(error.to_string().contains("the first 1 of 2 messages"), "{error}");
+        }
+    }
+
+    #[test]
+    fn tokens_that_the_tokenizer_puts_around_a_text_belong_to_none() {
+        let tokenizer = bytes_tokenizer_with(&serde_json::json!({
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "<s>", "type_id": 0}}
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}}
+        }));
+        // One written in the text is part of it.
+        for (text, granularity, expected) in [
+            ("a", WriteGranularity::Message, vec![-1, 0, -1]),
+            ("<s>a. b", WriteGranularity::Message, vec![-1, 0, 0, 0, 0, 0, -1]),
+            ("<s>a. b", WriteGranularity::Sentence, vec![-1, 0, 0, 0, 1, 1, -1]),
+        ] {
+            let cut = cut_text(&tokenizer, text, true, granularity).unwrap();
+            assert_eq!(cut.spans, expected, "{text:?}");
+            assert_eq!((cut.ids[0], cut.ids.last()), (256, Some(&256)));
+            let inside = cut_text(&tokenizer, text, false, granularity).unwrap();
+            assert_eq!(
+                inside.spans,
+                expected[1..expected.len() - 1],
+                "{text:?} inside a turn"
+            );
         }
     }
 

@@ -186,6 +186,14 @@ pub enum Error {
         /// What happened, with the time waited.
         reason: String,
     },
+    /// An address that names no server, or a server that cannot serve a store: a wrong password, a replica, one that evicts.
+    #[error("{place}: {problem}")]
+    Server {
+        /// The address, without its password.
+        place: String,
+        /// What is wrong and what to do.
+        problem: String,
+    },
     /// Bytes of a state that are no snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),

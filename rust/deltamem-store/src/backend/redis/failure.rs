@@ -1,0 +1,177 @@
+//! What a failed call means: which error the caller gets, and what the server may have done.
+
+use std::time::Duration;
+
+use redis::{ErrorKind, RedisError, ServerError};
+
+use crate::error::Error;
+
+/// What became of a request that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Nothing was done, and it may go well the next time.
+    Early,
+    /// Nothing was done, and repeating is of no use.
+    Refused,
+    /// The connection broke: it was done, or not.
+    Lost,
+    /// No answer came in time: it was done, or not, or will be.
+    Silent,
+    /// It was done, but is not as safe as was asked for.
+    Weak,
+}
+
+/// A call that failed.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub error: Error,
+    pub fate: Fate,
+}
+
+impl Failure {
+    pub fn unavailable(place: &str, fate: Fate, reason: impl Into<String>) -> Self {
+        Self {
+            error: Error::Unavailable {
+                place: place.to_owned(),
+                reason: reason.into(),
+            },
+            fate,
+        }
+    }
+
+    /// No time is left.
+    pub fn late(place: &str, fate: Fate, what: &str, limit: Duration) -> Self {
+        Self::unavailable(place, fate, format!("{what} within {limit:?}"))
+    }
+
+    /// An answer of another form than the command has.
+    pub fn odd(place: &str, command: &str) -> Self {
+        Self {
+            error: Error::Server {
+                place: place.to_owned(),
+                problem: format!(
+                    "it answered {command} in a form that neither Redis nor Valkey uses; check what listens there"
+                ),
+            },
+            fate: Fate::Lost,
+        }
+    }
+
+    /// An error of the connection, or one that the server gave while it was set up.
+    pub fn of_connection(place: &str, error: &RedisError, limit: Duration) -> Self {
+        if error.is_timeout() {
+            return Self::late(place, Fate::Silent, "no answer came", limit);
+        }
+        let text = error.to_string();
+        let server = |problem| Self {
+            error: Error::Server {
+                place: place.to_owned(),
+                problem,
+            },
+            fate: Fate::Refused,
+        };
+        let code = error.code().unwrap_or_default();
+        match error.kind() {
+            ErrorKind::AuthenticationFailed => return server(credentials(&text)),
+            ErrorKind::InvalidClientConfig | ErrorKind::Client => {
+                return server(format!("no connection can be made ({text}); check the address"));
+            }
+            ErrorKind::Server(_) | ErrorKind::Extension => return Self::of_words(place, code, &text),
+            _ => {}
+        }
+        if let Some(problem) = tls(error) {
+            return server(problem);
+        }
+        if error.is_connection_refusal() {
+            return Self::unavailable(
+                place,
+                Fate::Lost,
+                "the connection was refused: check that the server runs and that the address is right",
+            );
+        }
+        Self::unavailable(place, Fate::Lost, format!("the connection broke ({text})"))
+    }
+
+    /// An error that the server answered with.
+    pub fn of_server(place: &str, error: &ServerError) -> Self {
+        let text = error.details().unwrap_or_default();
+        Self::of_words(place, error.code(), text)
+    }
+
+    /// An older server wraps a script's error in its own words, so the words count as much as the code.
+    fn of_words(place: &str, code: &str, text: &str) -> Self {
+        let is = |word: &str| code == word || text.contains(&format!("-{word} "));
+        let place = place.to_owned();
+        let said = format!("the server said: {code} {text}");
+        let error = |fate, error| Self { error, fate };
+        let server = |problem| {
+            error(
+                Fate::Refused,
+                Error::Server {
+                    place: place.clone(),
+                    problem,
+                },
+            )
+        };
+        let unavailable = |fate, reason| {
+            error(
+                fate,
+                Error::Unavailable {
+                    place: place.clone(),
+                    reason,
+                },
+            )
+        };
+        if is("OOM") || text.contains("No space left on device") {
+            error(Fate::Refused, Error::Full { place, reason: said })
+        } else if is("NOAUTH") || is("WRONGPASS") || text.contains("AUTH <password>") {
+            server(credentials(&said))
+        } else if is("NOPERM") {
+            server(format!(
+                "the user may not do what a store needs; allow it ~PREFIX* +hmget +hget +hscan +scan +eval +evalsha and the scripts' \
+                 hset, hdel, unlink and exists ({said})"
+            ))
+        } else if is("READONLY") {
+            server(format!(
+                "this is a read-only replica; give the primary's address ({said})"
+            ))
+        } else if is("MOVED") || is("ASK") || is("CROSSSLOT") {
+            server(format!(
+                "this is one node of a cluster, and a memory belongs to another one; a store needs a server of its own, or a cluster's \
+                 proxy that shows it as one server ({said})"
+            ))
+        } else if is("WRONGTYPE") {
+            error(
+                Fate::Refused,
+                Error::NotAStore {
+                    place,
+                    what: format!(
+                        "a key under its prefix holds no hash, so something else wrote it ({said}); another ?prefix= keeps the two apart"
+                    ),
+                },
+            )
+        } else if is("LOADING") {
+            unavailable(Fate::Early, "the server is still loading its data".to_owned())
+        } else if is("BUSY") || is("TRYAGAIN") || is("MASTERDOWN") || is("CLUSTERDOWN") {
+            unavailable(Fate::Early, said)
+        } else {
+            unavailable(Fate::Refused, said)
+        }
+    }
+}
+
+fn credentials(said: &str) -> String {
+    format!(
+        "it wants another user name or password; give them as redis://user:password@host, or redis://:password@host where there is no \
+         user ({said})"
+    )
+}
+
+/// What is wrong with a connection's TLS, if that is what broke it.
+fn tls(error: &RedisError) -> Option<String> {
+    let io = std::error::Error::source(error)?.downcast_ref::<std::io::Error>()?;
+    let tls = io.get_ref()?.downcast_ref::<rustls::Error>()?;
+    Some(format!(
+        "TLS failed ({tls}); check that the server speaks it on this port, and give the authority of its certificate as ?ca=FILE"
+    ))
+}

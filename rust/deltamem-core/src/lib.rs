@@ -1,10 +1,11 @@
-//! The core of δ-mem: shapes, the rule, and a snapshot's bytes, in plain f32 and plain slices.
+//! The core of δ-mem: shapes, the rule, a snapshot's bytes, and the mathematics of states as edits, in plain f32 and plain slices.
 //!
 //! It knows no model, no runtime, no file and no Python. The rule stands here once, in [`rule`] (the recurrence), [`gates`] and
 //! [`networks`] (what feeds it); its twins are `deltamem_export.reference` in `PyTorch` and the graph that the exporter grafts.
 
 #![forbid(unsafe_code)]
 
+pub mod edits;
 pub mod gates;
 pub mod geometry;
 pub mod networks;

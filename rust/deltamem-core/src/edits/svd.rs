@@ -3,7 +3,7 @@
 
 use super::dot;
 
-/// Rotations in one sweep go over all pairs of columns; matrices of r ≤ 128 need some 6 to 10 sweeps, and none was seen to need 20.
+/// One sweep goes over all pairs of columns. The tests' 10,000 matrices of r ≤ 128 needed at most 15; this is a stop, not a setting.
 const MOST_SWEEPS: usize = 60;
 /// Two columns are orthogonal when their cosine is below this.
 const EXACT: f64 = 1e-14;

@@ -1,4 +1,4 @@
-"""fp16 and int4 bundles through the engine: they load, stay near fp32, and keep the laws that fp32 keeps.
+"""fp16 and int4 bundles, and a KV cache in 8 bits, through the engine: they load, stay near fp32, and keep the laws that fp32 keeps.
 
 The states of fp16 are as near as its rounded weights allow; int4 is another model than fp32 on random weights, so it is held to itself.
 """
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import deltamem_rt as dm
+from deltamem_export.bundle import export_bundle
+from deltamem_export.precision import Precision
 
 
 def stream(count: int) -> np.ndarray:
@@ -49,3 +51,20 @@ def test_fp16_is_near_fp32(parity_bundle, ids_model: dm.Model) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-2)
         np.testing.assert_allclose(rounded.memory, exact.memory, rtol=0, atol=2e-3)
         assert half.fingerprint != ids_model.fingerprint
+
+
+def test_a_cache_in_8_bits_is_a_quarter_and_does_not_depend_on_the_split(parity_data, ids_model, tmp_path) -> None:
+    source = parity_data / "qwen3_tsw_qo"
+    form = Precision("fp32", kv="int8")
+    small = dm.Model.load(
+        export_bundle(source / "backbone", source / "adapter", tmp_path / "bundle", form, say=lambda _: None)
+    )
+    ids = stream(400)
+    with small.session() as once, small.session() as parts, ids_model.session() as exact:
+        whole = once.feed(ids, logits=True)
+        pieces = [parts.feed(part, logits=True) for part in np.split(ids, [1, 70, 71, 300])]
+        np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(parts.memory, once.memory, rtol=0, atol=1e-5)
+        far = np.abs(exact.feed(ids, logits=True) - whole).mean()
+        assert 0 < far < 0.05, f"8 bits move the logits by {far} on average"
+        assert exact.cache_bytes == 4 * once.cache_bytes

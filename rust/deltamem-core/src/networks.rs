@@ -76,7 +76,7 @@ pub enum Writes<'a> {
     /// Each token reads the state and then writes it, where this mask [T] says so; the others only read.
     Tokens(&'a [bool]),
     /// All tokens read the state from before the call. Then the mean hidden vector of each span is proposed and written, in ascending
-    /// id. [T]: the id of the span that a token belongs to, never falling among those from 0 on; below 0: the token is not written.
+    /// id. For each token the id of the span that it belongs to, never falling among those from 0 on; below 0: it is not written.
     Spans(&'a [i32]),
 }
 

@@ -15,7 +15,7 @@ pub enum Spans<'a> {
     Unsaid,
     /// Each token writes by itself, on purpose.
     Token,
-    /// [T]: the id of the span that a token belongs to, never falling among those from 0 on; -1: the token is not written.
+    /// For each token the id of the span that it belongs to, never falling among those from 0 on; -1: the token is not written.
     Ids(Cow<'a, [i32]>),
 }
 

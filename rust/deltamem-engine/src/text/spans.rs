@@ -10,9 +10,9 @@ use crate::bundle::WriteGranularity;
 /// A text's tokens and their spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cut {
-    /// Token ids, [T].
+    /// Token ids.
     pub ids: Vec<i32>,
-    /// [T]: the id of each token's span, never falling; -1 for a token of none.
+    /// As many: the id of each token's span, never falling; -1 for a token of none.
     pub spans: Vec<i32>,
 }
 

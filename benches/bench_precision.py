@@ -4,7 +4,7 @@ default, its PyTorch weights taken back out of the committed bundle, and a rando
 
     python benches/bench_precision.py [tiny] [large] [--layers N] [--threads N] [--write]
 
-`--write` puts the tables between the marks in docs/precision.md; without it they are printed.
+`--write` puts each table between its marks in docs/precision.md; without it they are printed.
 """
 
 from __future__ import annotations
@@ -118,19 +118,19 @@ def main() -> int:
     if options.resident:
         print(resident_here(Path(options.resident), options.threads))
         return 0
-    parts = []
+    if not options.write:
+        print("## precision")
     with tempfile.TemporaryDirectory(prefix="precision.", dir=os.environ.get("TMPDIR")) as scratch:
         for name in options.models or ("tiny", "large"):
             folder = Path(scratch) / name
             folder.mkdir()
             ids = tiny(folder) if name == "tiny" else large(folder, options.layers)
             forms = FORMS if name == "tiny" else [form for form in FORMS if form not in SLOW]
-            parts.append(section(name, folder, ids, forms, options))
-    text = "\n\n".join(parts)
-    if options.write:
-        write(text, options.models)
-    else:
-        print(f"## precision\n\n{text}")
+            text = section(name, folder, ids, forms, options)
+            if options.write:
+                write(name, text)
+            else:
+                print(f"\n{text}")
     return 0
 
 
@@ -377,13 +377,12 @@ def large(folder: Path, layers: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.vocab_size, STATE_TOKENS)
 
 
-def write(text: str, models: Sequence[str]) -> None:
-    """Puts the tables between the marks of the page; those of a model that did not run stay."""
+def write(name: str, text: str) -> None:
+    """Puts a model's table between its marks in the page."""
     page = PAGE.read_text(encoding="utf-8")
-    start, end = page.index("<!-- measured -->"), page.index("<!-- end of measured -->")
-    if models and set(models) != {"tiny", "large"}:
-        raise SystemExit("--write needs both models, so that they come from one run")
-    PAGE.write_text(f"{page[:start]}<!-- measured -->\n\n{text}\n\n{page[end:]}", encoding="utf-8")
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    start, end = page.index(first), page.index(last)
+    PAGE.write_text(f"{page[:start]}{first}\n\n{text}\n\n{page[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

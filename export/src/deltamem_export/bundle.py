@@ -102,7 +102,7 @@ def export_bundle(
         backbone_digest = body.digest(precision.setting)
         checked = None
         if check:
-            method, why = choose_method(body, built) if check is True else (check, "as asked for")
+            method, why = choose_method(body, built, precision) if check is True else (check, "as asked for")
             say(f"comparing the built graph with transformers ({method}: {why})")
             checked = check_graph(body, built, precision, method, find)
             say(f"they differ by {checked.max_abs_diff:.2g} at most (tolerance {checked.tolerance:.2g})")

@@ -54,13 +54,17 @@ class Check:
     method: str = "whole"
 
 
-def choose_method(backbone: Backbone, graph: Path) -> tuple[str, str]:
+def choose_method(backbone: Backbone, graph: Path, precision: Precision) -> tuple[str, str]:
     """`whole` if both models fit into the memory that is free now, else `layers`; and why, in words."""
     parameters = list(backbone.model.parameters())
     held = sum(p.numel() * p.element_size() for p in parameters)
     logits = check_length(backbone) * backbone.geometry.vocab_size * 4 * 3
     weights = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
-    need = sum(p.numel() * 4 for p in parameters) - held + int(1.25 * weights) + logits
+    wide = sum(p.numel() * 4 for p in parameters)
+    # At other precisions the weights as the graph has them stand beside the files' own, and ONNX Runtime widens 16 bits.
+    rounded = 0 if precision.name == "fp32" else wide + backbone.model.get_output_embeddings().weight.numel() * 4
+    running = weights * (3 if precision.name in ("fp16", "bf16") else 1.25)
+    need = wide + rounded - held + int(running) + logits
     free = free_memory()
     fits = need <= free * 0.9
     said = f"both models at once take {need / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are free"

@@ -214,6 +214,8 @@ def save_backbone(directory: Path, family: str, **more: object) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * (0.3 if name.endswith("bias") else 0.1))
+                if family == "nemotron" and "norm.weight" in name:
+                    parameter.sub_(1.0)  # its norms multiply by 1 + w, and transformers starts w at 1
         for name, buffer in model.named_buffers():
             if name.endswith("expert_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.3)

@@ -186,6 +186,16 @@ def test_other_precisions_are_held_to_the_weights_that_the_graph_holds(qwen, tmp
     named(report, *(["model.layers.1.mlp.up_proj.weight"] if precision.startswith("int") else ["layer 1: behind"]))
 
 
+def test_a_small_mistake_is_not_taken_for_rounding(qwen, tmp_path) -> None:
+    """Over the tolerance by little, the reference in float64 decides; it does not excuse what is not its own rounding."""
+    backbone, adapter, bundle = qwen
+    other = change_backbone(backbone, tmp_path / "other", "lm_head.weight", lambda t: t * (1 + 5e-5))
+    report = verify(bundle, other, adapter)
+    assert 1 < report.logits.max / report.logits.tolerance < 10
+    assert any("float64" in note for note in report.notes)
+    named(report, "the lm_head")
+
+
 def test_weights_in_other_values_of_the_same_size_are_another_checkpoint(qwen, tmp_path) -> None:
     """A change that int4 rounds away moves no number, and yet it is not the checkpoint that was exported."""
     backbone, adapter, _ = qwen

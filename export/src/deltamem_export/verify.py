@@ -337,9 +337,9 @@ def _strangers(
     """Which parts of the fingerprint are not those of this backbone and adapter, in words."""
     parts = found["fingerprint_parts"]
     if precision is None:
-        yield f"the backbone's weights are not those that were exported: no digest of theirs is {parts['backbone'][:12]}…"
+        yield "the backbone's weights are not those that were exported (their digest differs)"
     if adapter_digest(memory) != parts["adapter"]:
-        yield f"the adapter's tensors are not those that were exported: their digest is not {parts['adapter'][:12]}…"
+        yield "the adapter's tensors are not those that were exported (their digest differs)"
     own = {
         "memory": manifest.memory_section(memory.config, tuple(layers)),
         "backbone": manifest.backbone_section(body.geometry),

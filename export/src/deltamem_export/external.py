@@ -5,6 +5,7 @@ weights. It knows nothing of what the weights mean.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -48,18 +49,18 @@ class DataFile:
         Raises:
             ValueError: the parts have not the bytes that dtype and shape ask for.
         """
-        dims = ir.Shape(list(shape))
-        length = int(np.ceil(np.prod([int(d) for d in dims], dtype=np.int64) * dtype.itemsize))
+        dims = list(shape)
+        length = math.ceil(math.prod(dims) * dtype.itemsize)
         step = _PAGE if length >= _PAGED_BYTES else _LINE
         offset = -(-self._file.tell() // step) * step
         self._file.write(b"\0" * (offset - self._file.tell()))
         for part in parts:
-            self._file.write(memoryview(np.ascontiguousarray(part)).cast("B"))
+            self._file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         written = self._file.tell() - offset
         if written != length:
-            raise ValueError(f"{name}: {written} bytes were written, {dtype} {list(dims)} takes {length}")
+            raise ValueError(f"{name}: {written} bytes were written, {dtype} {dims} takes {length}")
         return ir.ExternalTensor(
-            self._path.name, offset, length, dtype, shape=dims, name=name, base_dir=str(self._path.parent)
+            self._path.name, offset, length, dtype, shape=ir.Shape(dims), name=name, base_dir=str(self._path.parent)
         )
 
 
@@ -89,15 +90,16 @@ def save_sharing(model: ir.Model, target: Path, weights: Path) -> None:
                     tensor.offset,
                     tensor.length,
                     tensor.dtype,
-                    shape=tensor.shape,  # type: ignore[arg-type]
+                    shape=ir.Shape(shape_of(tensor)),
                     name=str(value.name),
                     base_dir=str(data.parent),
                 )
             elif tensor.nbytes >= INLINE_BYTES:
                 raw = np.frombuffer(tensor.tobytes(), np.uint8)
-                value.const_value = file.write(str(value.name), tensor.dtype, _dims(tensor), [raw])
+                value.const_value = file.write(str(value.name), tensor.dtype, shape_of(tensor), [raw])
     ir.save(model, target)
 
 
-def _dims(tensor: ir.TensorProtocol) -> list[int]:
-    return [int(d) for d in tensor.shape]
+def shape_of(tensor: ir.TensorProtocol) -> list[int]:
+    """A constant's shape, all of it known."""
+    return [d for d in tensor.shape if isinstance(d, int)]

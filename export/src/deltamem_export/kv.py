@@ -188,8 +188,12 @@ def _quantise(graph: ir.Graph, scales: KvScales) -> None:
         node.resize_inputs(max(len(node.inputs), _V_SCALE + 1))
         for at, what, scale in zip((_K_SCALE, _V_SCALE), "kv", scales.scales[i], strict=True):
             name = f"deltamem.kv.{i}.{what}_scale"
-            tensor = ir.tensor(scale.reshape(-1), name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(
+                name=name,
+                shape=ir.Shape([scale.size]),
+                type=ir.TensorType(ir.DataType.FLOAT),
+                const_value=ir.tensor(scale.reshape(-1), name=name),
+            )
             graph.register_initializer(value)
             node.replace_input_with(at, value)
             node.attributes[f"{what}_quant_type"] = ir.AttrString(f"{what}_quant_type", "PER_CHANNEL")

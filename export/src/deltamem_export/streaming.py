@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import (
+from onnxruntime.quantization.matmul_nbits_quantizer import (  # type: ignore[import-untyped]
     DefaultWeightOnlyQuantizer,
     KQuantWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,

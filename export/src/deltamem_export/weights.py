@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from deltamem_export.errors import ExportError
+from deltamem_export.external import shape_of
 from deltamem_export.precision import Precision
 
 # On a node with a quantised weight, as JSON: [[name of a parameter, first row, row behind the last], ...], whose
@@ -80,7 +81,7 @@ def weights_of(
                 if sum(end - start for _, _, start, end in rows) != len(weight):
                     raise ExportError(f"{node}: the weight has {len(weight)} rows, which its parameters do not have")
                 for (module, name, start, end), part in zip(
-                    rows, weight.split([end - start for _, _, start, end in rows]), strict=True
+                    rows, torch.split(weight, [end - start for _, _, start, end in rows]), strict=True
                 ):
                     parameter = module.get_parameter(name)
                     if tuple(parameter.shape[1:]) != tuple(part.shape[1:]):
@@ -108,7 +109,9 @@ def distances(graph: Path, model: nn.Module) -> Iterator[tuple[str, float]]:
     names = {id(module): name for name, module in model.named_modules()}
     for node, source, weight in stands_for(graph):
         rows = _rows(model, node, source)
-        for (module, name, start, end), part in zip(rows, weight.split([e - s for *_, s, e in rows]), strict=True):
+        for (module, name, start, end), part in zip(
+            rows, torch.split(weight, [e - s for *_, s, e in rows]), strict=True
+        ):
             expected = module.get_parameter(name)[start:end].float()
             size, off = (float(t.pow(2).mean().sqrt()) for t in (expected, part - expected))
             yield f"{names[id(module)]}.{name}", off / max(size, 1e-9)
@@ -121,6 +124,16 @@ def _near(node: str, name: str, found: torch.Tensor, expected: torch.Tensor, lim
             f"{node}: the blocks are off by {off:.3g} (root mean square) from {name}, whose weights are of size {size:.3g}; "
             f"rounding explains {limit * size:.3g} at most, so they are not of this weight"
         )
+
+
+def _widened(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """A bfloat16 constant as float32, made when it is written."""
+    return ir.LazyTensor(
+        lambda: ir.tensor(tensor.numpy().astype(np.float32), name=name),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(shape_of(tensor)),
+        name=name,
+    )
 
 
 def _rounded(tables: Any, kind: torch.dtype) -> Any:
@@ -152,12 +165,7 @@ def in_float32(graph: Path, folder: Path | None = None) -> Path:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype == narrow:
-            value.const_value = ir.LazyTensor(
-                lambda tensor=tensor, name=value.name: ir.tensor(tensor.numpy().astype(np.float32), name=name),
-                dtype=wide,
-                shape=tensor.shape,
-                name=value.name,
-            )
+            value.const_value = _widened(tensor, str(value.name))
             value.type = ir.TensorType(wide)
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:

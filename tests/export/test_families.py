@@ -405,7 +405,8 @@ the corrections, nor the refusals below.
 
 Δq, Δk and Δv are added straight after their projection: before a clip, before norms of q and k, before RoPE. Δo is added straight after the
 projection behind the attention (`o_proj`, `out_proj`, `dense`): before a norm behind it, before a residual multiplier. Layers without
-attention have no memory; `target_layers` that names one is an error.
+attention have no memory; `target_layers` that names one is an error. LFM 2 in a batch of the graph's own: rows must have the same length,
+since the tail that a convolution carries would hold a shorter row's padding.
 
 ## What is refused
 

@@ -68,3 +68,8 @@ def test_a_cache_in_8_bits_is_a_quarter_and_does_not_depend_on_the_split(parity_
         far = np.abs(exact.feed(ids, logits=True) - whole).mean()
         assert 0 < far < 0.05, f"8 bits move the logits by {far} on average"
         assert exact.cache_bytes == 4 * once.cache_bytes
+
+
+def test_bf16_is_refused_on_a_cpu_in_words(parity_bundle) -> None:
+    with pytest.raises(dm.BundleError, match=r"precision is bf16.*fp16, fp32 or int4, or run this one on CUDA"):
+        dm.Model.load(parity_bundle("qwen3_tsw_qo", "bf16"))

@@ -79,10 +79,18 @@ impl Model {
     ///
     /// # Errors
     /// A [`BundleError`](crate::bundle::BundleError) when the bundle is missing, damaged or inconsistent; [`EngineError::Graph`] when its
-    /// graph is not the one that the manifest describes; [`EngineError::Onnx`] when ONNX Runtime refuses it.
+    /// graph is not the one that the manifest describes; [`EngineError::Unsupported`] for a precision that the device cannot compute;
+    /// [`EngineError::Onnx`] when ONNX Runtime refuses it.
     pub fn load(runtime: &'static Runtime, path: &Path, options: LoadOptions) -> Result<Arc<Self>> {
         let bundle = Bundle::open(path, options.verify)?;
         let manifest = bundle.manifest();
+        if manifest.precision == "bf16" {
+            return Err(EngineError::Unsupported(
+                "deltamem.json: precision is bf16, which ONNX Runtime's CPU cannot compute; export the bundle again with --precision \
+                 fp16, fp32 or int4, or run this one on CUDA"
+                    .into(),
+            ));
+        }
         let kv_layout = KvLayout {
             buffers: manifest.graph.kv_layers.len() * 2,
             heads: manifest.backbone.num_kv_heads,

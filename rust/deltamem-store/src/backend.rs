@@ -15,6 +15,7 @@ use std::fmt;
 use crate::error::Error;
 
 pub mod memory;
+pub mod redb;
 pub mod redis;
 
 /// One memory's place in the backend: 32 bytes made from its name.

@@ -1,0 +1,400 @@
+//! What can still be read of a damaged file: opened over an overlay, so that it stays as it is, with whatever redb accepts of it, and
+//! read from both ends of each range up to the damage. For [`Store::repair`](crate::Store::repair) only.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use redb::backends::FileBackend;
+use redb::{Builder, Database, ReadOnlyDatabase, ReadTransaction, ReadableDatabase, StorageBackend};
+
+use super::overlay::Overlay;
+use super::{HEADS, guarded, key_of, object_key, table, table_of, wrong};
+use crate::backend::{Applied, Backend, Batch, Compacted, Cursor, Group, Key, Kind, Page, Read};
+use crate::error::{Error, place_of};
+
+/// redb's magic number, with which a file begins.
+const MAGIC: [u8; 9] = *b"redb\x1A\x0A\xA9\x0D\x0A";
+/// The byte that says which of two commit slots is the newer one (bit 0), and whether the last writer was killed (bit 1).
+const GOD_BYTE: u64 = 9;
+
+enum Opened {
+    Whole(Database),
+    Parts(ReadOnlyDatabase),
+}
+
+type Findings = Arc<Mutex<BTreeMap<String, String>>>;
+
+/// A damaged file, for reading.
+pub struct SalvageBackend {
+    place: String,
+    database: Opened,
+    heads: BTreeMap<Group, Vec<u8>>,
+    findings: Findings,
+    /// Keeps writers away.
+    _lock: FileBackend,
+}
+
+impl std::fmt::Debug for SalvageBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SalvageBackend")
+            .field("place", &self.place)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SalvageBackend {
+    /// Opens the file at `path` without changing it, as much of it as can be read.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] when a process has it open; [`Error::NotAStore`] when it is no redb database; [`Error::Damaged`] when
+    /// neither of its two last transactions can be read.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let place = place_of(path);
+        let fail = |error| Error::file(path, "opening it", error);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(fail)?;
+        let lock = FileBackend::new(file).map_err(|error| wrong(&place, "opening it", error))?;
+        let held = lock.try_lock_range(std::ops::Bound::Unbounded, std::ops::Bound::Unbounded);
+        if !matches!(held, Ok(true)) {
+            return Err(Error::Locked { place });
+        }
+        let file = FileBackend::new(File::open(path).map_err(fail)?)
+            .map_err(|error| wrong(&place, "opening it", error))?;
+        let overlay = Overlay::new(Box::new(file)).map_err(fail)?;
+        let findings = Findings::default();
+        let database = open_any(&place, &overlay, &findings)?;
+        let mut found = Self {
+            place,
+            database,
+            heads: BTreeMap::new(),
+            findings,
+            _lock: lock,
+        };
+        found.heads = found.all_heads()?;
+        Ok(found)
+    }
+
+    fn note(&self, place: String, error: Error) -> Result<(), Error> {
+        match error {
+            Error::Damaged { what, .. } => {
+                self.findings.lock().insert(place, what);
+                Ok(())
+            }
+            other => Err(other),
+        }
+    }
+
+    fn begin(&self) -> Result<ReadTransaction, Error> {
+        guarded(&self.place, || {
+            let begun = match &self.database {
+                Opened::Whole(database) => database.begin_read(),
+                Opened::Parts(database) => database.begin_read(),
+            };
+            begun.map_err(|error| wrong(&self.place, "reading", error))
+        })
+    }
+
+    /// Every head that can be read: the table in 256 parts by the first byte, each from its front and from its end up to the damage.
+    fn all_heads(&self) -> Result<BTreeMap<Group, Vec<u8>>, Error> {
+        let mut heads = BTreeMap::new();
+        for first in 0..=u8::MAX {
+            for backwards in [false, true] {
+                let mut read = || {
+                    guarded(&self.place, || {
+                        let begun = self.begin()?;
+                        let reading = |error| wrong(&self.place, "reading", redb::Error::from(error));
+                        let Some(table) = table(&self.place, &begun, HEADS)? else {
+                            return Ok(());
+                        };
+                        let (mut start, mut end) = ([0; 32], [0xFF; 32]);
+                        (start[0], end[0]) = (first, first);
+                        let mut range = table.range::<&[u8; 32]>(&start..=&end).map_err(reading)?;
+                        while let Some(entry) = if backwards {
+                            range.next_back()
+                        } else {
+                            range.next()
+                        } {
+                            let (group, head) = entry.map_err(reading)?;
+                            heads.insert(Group(*group.value()), head.value().to_vec());
+                        }
+                        Ok(())
+                    })
+                };
+                if let Err(error) = read() {
+                    self.note(format!("heads {first:02x}... of {}", self.place), error)?;
+                }
+            }
+        }
+        Ok(heads)
+    }
+}
+
+/// The database as redb repairs it; else as it stands, with the newer or the older of the last two transactions.
+fn open_any(place: &str, overlay: &Overlay, findings: &Findings) -> Result<Opened, Error> {
+    let again = || {
+        overlay
+            .again()
+            .map_err(|error| wrong(place, "reading", redb::Error::Io(error)))
+    };
+    let mut header = [0; 64];
+    let length = overlay
+        .len()
+        .map_err(|error| wrong(place, "reading", redb::Error::Io(error)))?;
+    if length < 512 || overlay.read(0, &mut header).is_err() || header[..9] != MAGIC {
+        return Err(Error::NotAStore {
+            place: place.to_owned(),
+            what: "its first bytes are not those of a redb database".into(),
+        });
+    }
+    let whole = guarded(place, || {
+        Builder::new()
+            .set_check_integrity_on_open(true)
+            .create_with_backend(again()?)
+            .map_err(|error| wrong(place, "opening it", error))
+    });
+    let first = match whole {
+        Ok(database) => return Ok(Opened::Whole(database)),
+        Err(error @ Error::Damaged { .. }) => error,
+        Err(other) => return Err(other),
+    };
+    findings.lock().insert(place.to_owned(), first.to_string());
+    let god = header[usize::try_from(GOD_BYTE).unwrap_or_default()] & !0b1010;
+    for newest in [god, god ^ 1] {
+        let opened = guarded(place, || {
+            let over = again()?;
+            let io = |error| wrong(place, "reading", redb::Error::Io(error));
+            over.write(GOD_BYTE, &[newest]).map_err(io)?;
+            over.set_len(length.max(layout(&header))).map_err(io)?;
+            let mut builder = Builder::new();
+            // A shared reader loads no allocator state, which is what a killed writer leaves damaged.
+            builder.set_concurrency_mode(redb::ConcurrencyMode::SingleWriter);
+            let database = builder
+                .open_read_only_with_backend(Lockless(over))
+                .map_err(|error| wrong(place, "opening it", error))?;
+            let begun = database
+                .begin_read()
+                .map_err(|error| wrong(place, "opening it", error))?;
+            table(place, &begun, HEADS)?;
+            Ok(database)
+        });
+        match opened {
+            Ok(database) => return Ok(Opened::Parts(database)),
+            Err(Error::Damaged { .. } | Error::NotAStore { .. }) => {}
+            Err(other) => return Err(other),
+        }
+    }
+    Err(first)
+}
+
+/// The length that the header's layout asks for; 0 when that makes no sense.
+fn layout(header: &[u8; 64]) -> u64 {
+    let number = |at: usize| {
+        u64::from(u32::from_le_bytes([
+            header[at],
+            header[at + 1],
+            header[at + 2],
+            header[at + 3],
+        ]))
+    };
+    let (page, region_header, region_max, full, trailing) =
+        (number(12), number(16), number(20), number(24), number(28));
+    let last = if trailing == 0 {
+        0
+    } else {
+        region_header + trailing
+    };
+    let pages = (region_header + region_max)
+        .checked_mul(full)
+        .and_then(|pages| pages.checked_add(last + 1));
+    match pages.and_then(|pages| pages.checked_mul(page)) {
+        Some(length) if page == 4096 && length < 1 << 46 => length,
+        _ => 0,
+    }
+}
+
+/// An overlay whose locks are always free: the file itself is locked already.
+#[derive(Debug)]
+struct Lockless(Overlay);
+
+impl StorageBackend for Lockless {
+    fn len(&self) -> std::io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        self.0.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync_data(&self) -> std::io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.0.write(offset, data)
+    }
+
+    fn try_lock_range(
+        &self,
+        _: std::ops::Bound<u64>,
+        _: std::ops::Bound<u64>,
+    ) -> Result<bool, redb::BackendError> {
+        Ok(true)
+    }
+
+    fn try_lock_shared_range(
+        &self,
+        _: std::ops::Bound<u64>,
+        _: std::ops::Bound<u64>,
+    ) -> Result<bool, redb::BackendError> {
+        Ok(true)
+    }
+
+    fn lock_range(&self, _: std::ops::Bound<u64>, _: std::ops::Bound<u64>) -> Result<(), redb::BackendError> {
+        Ok(())
+    }
+
+    fn lock_shared_range(
+        &self,
+        _: std::ops::Bound<u64>,
+        _: std::ops::Bound<u64>,
+    ) -> Result<(), redb::BackendError> {
+        Ok(())
+    }
+
+    fn unlock_range(
+        &self,
+        _: std::ops::Bound<u64>,
+        _: std::ops::Bound<u64>,
+    ) -> Result<(), redb::BackendError> {
+        Ok(())
+    }
+
+    fn query_lock_range(
+        &self,
+        _: std::ops::Bound<u64>,
+        _: std::ops::Bound<u64>,
+    ) -> Result<bool, redb::BackendError> {
+        Ok(false)
+    }
+}
+
+impl Backend for SalvageBackend {
+    fn place(&self) -> String {
+        self.place.clone()
+    }
+
+    fn read(&self, group: Group, keys: &[Key]) -> Result<Read, Error> {
+        let values = keys
+            .iter()
+            .map(|key| {
+                guarded(&self.place, || {
+                    let begun = self.begin()?;
+                    let reading = |error| wrong(&self.place, "reading", redb::Error::from(error));
+                    let Some(table) = table(&self.place, &begun, table_of(key.kind))? else {
+                        return Ok(None);
+                    };
+                    let found = table.get(&object_key(group, *key)).map_err(reading)?;
+                    Ok(found.map(|value| value.value().to_vec()))
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Read {
+            head: self.heads.get(&group).cloned(),
+            values,
+        })
+    }
+
+    fn apply(&self, _: Batch) -> Result<Applied, Error> {
+        Err(Error::ReadOnly {
+            place: self.place.clone(),
+        })
+    }
+
+    /// Everything that can be read, in one page.
+    fn list(
+        &self,
+        group: Group,
+        kind: Kind,
+        _: Option<&Cursor>,
+        _: usize,
+    ) -> Result<Page<(Key, Vec<u8>)>, Error> {
+        let mut items = BTreeMap::new();
+        for backwards in [false, true] {
+            let mut read = || {
+                guarded(&self.place, || {
+                    let begun = self.begin()?;
+                    let reading = |error| wrong(&self.place, "reading", redb::Error::from(error));
+                    let Some(table) = table(&self.place, &begun, table_of(kind))? else {
+                        return Ok(());
+                    };
+                    let start = object_key(group, Key { kind, id: [0; 32] });
+                    let end = object_key(group, Key { kind, id: [0xFF; 32] });
+                    let mut range = table.range::<&[u8; 65]>(&start..=&end).map_err(reading)?;
+                    while let Some(entry) = if backwards {
+                        range.next_back()
+                    } else {
+                        range.next()
+                    } {
+                        let (key, value) = entry.map_err(reading)?;
+                        items.insert(key_of(key.value(), kind), value.value().to_vec());
+                    }
+                    Ok(())
+                })
+            };
+            if let Err(error) = read() {
+                self.note(
+                    format!("{kind:?}s of group {} of {}", group.to_hex(), self.place),
+                    error,
+                )?;
+            }
+        }
+        Ok(Page {
+            items: items.into_iter().collect(),
+            next: None,
+        })
+    }
+
+    fn groups(&self, _: Option<&Cursor>, _: usize) -> Result<Page<(Group, Vec<u8>)>, Error> {
+        let groups = self.heads.iter().filter(|(group, _)| **group != Group::STORE);
+        Ok(Page {
+            items: groups.map(|(group, head)| (*group, head.clone())).collect(),
+            next: None,
+        })
+    }
+
+    fn compact(&self) -> Result<Compacted, Error> {
+        Err(Error::ReadOnly {
+            place: self.place.clone(),
+        })
+    }
+
+    /// What was found damaged so far.
+    fn check(&self) -> Result<Vec<(String, String)>, Error> {
+        Ok(self.findings.lock().clone().into_iter().collect())
+    }
+
+    fn size(&self) -> Result<u64, Error> {
+        match std::fs::metadata(&self.place) {
+            Ok(found) => Ok(found.len()),
+            Err(error) => Err(Error::file(
+                Path::new(&self.place),
+                "asking for its length",
+                error,
+            )),
+        }
+    }
+
+    fn close(&self) -> Result<(), Error> {
+        Ok(())
+    }
+}

@@ -14,7 +14,7 @@
 //!
 //! # One change, one round trip
 //!
-//! A change is one script (`EVALSHA`, and `EVAL` once where the server does not know it yet): it compares the head and makes the whole
+//! A change is one script (`EVALSHA`, and `EVAL` once more where the server does not know it yet): it compares the head and makes the whole
 //! change, and the server runs nothing beside it. A read is one `HMGET`, so it is of one moment. Listings are `HSCAN` and `SCAN`, never
 //! `KEYS`; listing groups takes a second trip for the heads. Where the connection breaks and the answer is lost, the guard tells what
 //! came of the change: the head is read again, and
@@ -311,7 +311,12 @@ impl RedisBackend {
     /// Sends a change.
     fn send(&self, lease: &mut Lease<'_>, batch: &Batch) -> Result<Applied, Failure> {
         let address = &self.pool.address;
-        let mut answers = self.run(lease, "EVALSHA", self.apply.get_hash(), batch)?;
+        // With replicas to wait for, a script that is not known would cost that wait once more: it is sent whole.
+        let mut answers = if address.replicas > 0 {
+            self.run(lease, "EVAL", APPLY, batch)?
+        } else {
+            self.run(lease, "EVALSHA", self.apply.get_hash(), batch)?
+        };
         if matches!(answers.first(), Some(Value::ServerError(error)) if error.code() == "NOSCRIPT") {
             answers = self.run(lease, "EVAL", APPLY, batch)?;
         }

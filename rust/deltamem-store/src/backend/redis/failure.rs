@@ -1,5 +1,6 @@
 //! What a failed call means: which error the caller gets, and what the server may have done.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::{ErrorKind, RedisError, ServerError};
@@ -169,7 +170,12 @@ fn credentials(said: &str) -> String {
 
 /// What is wrong with a connection's TLS, if that is what broke it.
 fn tls(error: &RedisError) -> Option<String> {
-    let io = std::error::Error::source(error)?.downcast_ref::<std::io::Error>()?;
+    let source = std::error::Error::source(error)?;
+    // The crate gives its own counted pointer as the source.
+    let source = source
+        .downcast_ref::<Arc<dyn std::error::Error + Send + Sync>>()
+        .map_or(source, |inner| inner.as_ref());
+    let io = source.downcast_ref::<std::io::Error>()?;
     let tls = io.get_ref()?.downcast_ref::<rustls::Error>()?;
     Some(format!(
         "TLS failed ({tls}); check that the server speaks it on this port, and give the authority of its certificate as ?ca=FILE"

@@ -230,3 +230,72 @@ impl Drop for Lease<'_> {
         self.pool.freed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A pool over a port that takes connections and says nothing: opening one asks nothing either.
+    fn pool(listener: &std::net::TcpListener, connections: usize) -> Pool {
+        let address = format!(
+            "redis://{}?pool={connections}&timeout_ms=100",
+            listener.local_addr().unwrap()
+        );
+        Pool::new(Address::parse(&address).unwrap())
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(100)
+    }
+
+    #[test]
+    fn no_more_connections_are_made_than_allowed_and_the_wait_for_one_ends() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let pool = pool(&listener, 2);
+        let first = pool.lease(soon()).ok().unwrap();
+        let _second = pool.lease(soon()).ok().unwrap();
+        let began = Instant::now();
+        let failure = pool.lease(soon()).err().unwrap();
+        assert!(began.elapsed() >= Duration::from_millis(90));
+        assert!(
+            failure.error.to_string().contains("all 2 connections"),
+            "{}",
+            failure.error
+        );
+        std::thread::scope(|scope| {
+            scope.spawn(|| pool.lease(Instant::now() + Duration::from_secs(5)).ok().unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+            drop(first);
+        });
+        assert_eq!(pool.state.lock().idle.len(), 1);
+    }
+
+    #[test]
+    fn a_failure_takes_the_idle_connections_with_it() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let pool = pool(&listener, 3);
+        let mut leases: Vec<_> = (0..3).map(|_| pool.lease(soon()).ok().unwrap()).collect();
+        let mut failing = leases.remove(0);
+        leases.remove(0);
+        assert_eq!(pool.state.lock().idle.len(), 1);
+        let failure = failing.exchange(&[Cmd::ping()]).unwrap_err();
+        assert_eq!(failure.fate, Fate::Silent);
+        assert_eq!(pool.state.lock().idle.len(), 0);
+        // One that was handed out before the failure is not kept either.
+        leases.clear();
+        drop(failing);
+        let state = pool.state.lock();
+        assert_eq!((state.idle.len(), state.taken), (0, 0));
+    }
+
+    #[test]
+    fn a_closed_pool_hands_nothing_out() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let pool = pool(&listener, 1);
+        drop(pool.lease(soon()).ok().unwrap());
+        pool.close();
+        assert_eq!(pool.state.lock().idle.len(), 0);
+        let failure = pool.lease(soon()).err().unwrap();
+        assert!(failure.error.to_string().contains("was closed"));
+    }
+}

@@ -365,7 +365,9 @@ def test_another_family_is_refused_by_name(with_text: Path, tmp_path: Path) -> N
     path = with_text / "backbone" / "config.json"
     settings = json.loads(path.read_text()) | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
     path.write_text(json.dumps(settings))
-    with pytest.raises(ExportError, match=r"Olmo2ForCausalLM \(olmo2\) cannot become a bundle.*builder does not know it"):
+    with pytest.raises(
+        ExportError, match=r"Olmo2ForCausalLM \(olmo2\) cannot become a bundle.*builder does not know it"
+    ):
         export(with_text, tmp_path / "b")
 
 

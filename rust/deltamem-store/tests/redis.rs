@@ -1,7 +1,7 @@
 //! The Redis and Valkey backend: the suite, and what a server and a network can do to it. Every test starts a server of its own; where no
 //! server's program is installed, the tests say so and pass.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::result_large_err)]
 
 mod server;
 mod suite;
@@ -359,7 +359,7 @@ fn a_slow_server_is_waited_for_only_so_long() {
     let change = began.elapsed();
     assert!(change < Duration::from_millis(1200), "{change:?}");
     eprintln!("with 300 ms allowed, a read gave up after {read:?} and a change after {change:?}");
-    std::thread::sleep(Duration::from_millis(2000));
+    std::thread::sleep(Duration::from_secs(2));
     let now = head(&backend, group(1)).unwrap();
     assert!(now == b"a" || now == b"b");
     let next = moving(1, Some(std::str::from_utf8(&now).unwrap()), "c");

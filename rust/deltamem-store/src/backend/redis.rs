@@ -126,7 +126,7 @@ return {page[1], headless, odd}
 const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(100)];
 
 /// How long a compaction waits for the append-only file; after that the server goes on with it alone.
-const REWRITING: Duration = Duration::from_secs(60);
+const REWRITING: Duration = Duration::from_mins(1);
 
 /// Groups as hashes on a server.
 pub struct RedisBackend {
@@ -231,7 +231,7 @@ impl RedisBackend {
     /// The same for what changes nothing, and so may be repeated.
     fn look<T>(&self, once: impl FnMut(&mut Lease<'_>) -> Result<T, Failure>) -> Result<T, Error> {
         self.attempt(&[Fate::Early, Fate::Lost], once)
-            .map_err(|failure| failure.error)
+            .map_err(|failure| *failure.error)
     }
 
     /// The answer to one command, errors of the server among them.
@@ -423,7 +423,7 @@ impl RedisBackend {
             Ok(Standing::Made) if sure => return Ok(Applied::Done),
             // A change that keeps the head could be made a second time, over what others made in between.
             Ok(Standing::Untouched) if failure.fate == Fate::Lost && batch.head != HeadChange::Keep => {}
-            _ => return Err(failure.error),
+            _ => return Err(*failure.error),
         }
         match self.attempt(&[Fate::Early], |lease| self.send(lease, batch)) {
             Ok(Applied::Done) => Ok(Applied::Done),
@@ -434,9 +434,9 @@ impl RedisBackend {
                 ..
             }) => match self.standing(batch) {
                 Ok(Standing::Made) if sure => Ok(Applied::Done),
-                _ => Err(failure.error),
+                _ => Err(*failure.error),
             },
-            Err(failure) => Err(failure.error),
+            Err(failure) => Err(*failure.error),
         }
     }
 
@@ -554,7 +554,7 @@ impl Backend for RedisBackend {
         match self.attempt(&[Fate::Early], |lease| self.send(lease, &batch)) {
             Ok(applied) => Ok(applied),
             Err(failure) if matches!(failure.fate, Fate::Lost | Fate::Silent) => self.settle(&batch, failure),
-            Err(failure) => Err(failure.error),
+            Err(failure) => Err(*failure.error),
         }
     }
 
@@ -676,7 +676,7 @@ impl Backend for RedisBackend {
                     let mut command = Cmd::new();
                     command.arg("EVAL").arg(CHECK).arg(1).arg(&key[..]).arg(cursor);
                     let answer = self.ask(command)?;
-                    let (next, found) = self.checked(&key, answer).map_err(|failure| failure.error)?;
+                    let (next, found) = self.checked(&key, answer).map_err(|failure| *failure.error)?;
                     findings.extend(found);
                     cursor = next;
                     if cursor == 0 {

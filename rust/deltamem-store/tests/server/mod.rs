@@ -246,10 +246,7 @@ impl Relay {
 
 fn pass(mut from: TcpStream, mut to: TcpStream, cut: &Mutex<Option<Cut>>, made: &AtomicUsize) {
     let mut buffer = vec![0; 65536];
-    loop {
-        let Ok(read @ 1..) = from.read(&mut buffer) else {
-            break;
-        };
+    while let Ok(read @ 1..) = from.read(&mut buffer) {
         let passing = {
             let mut cut = cut.lock().unwrap();
             match &mut *cut {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use redis::{Client, ClientTlsConfig, ConnectionInfo, IntoConnectionInfo, TlsCertificates};
+use redis::{Client, ClientTlsConfig, IntoConnectionInfo, TlsCertificates};
 
 use crate::error::{Error, shortened};
 
@@ -111,26 +111,16 @@ impl Address {
         }
 
         url.set_query(None);
-        let client = connection_info(url)
-            .and_then(|info| {
-                if secure && (ca.is_some() || certificate.is_some()) {
-                    let client_tls = certificate
-                        .zip(key)
-                        .map(|(client_cert, client_key)| ClientTlsConfig {
-                            client_cert,
-                            client_key,
-                        });
-                    Client::build_with_tls(
-                        info,
-                        TlsCertificates {
-                            client_tls,
-                            root_cert: ca,
-                        },
-                    )
-                } else {
-                    Client::open(info)
-                }
-            })
+        let certificates = TlsCertificates {
+            client_tls: certificate
+                .zip(key)
+                .map(|(client_cert, client_key)| ClientTlsConfig {
+                    client_cert,
+                    client_key,
+                }),
+            root_cert: ca,
+        };
+        let client = client(url, &certificates)
             .map_err(|error| wrong(format!("the address cannot be used ({error}); {EXPECTED}")))?;
         if prefix != PREFIX {
             place = format!("{place}?prefix={}", prefix.escape_debug());
@@ -146,11 +136,16 @@ impl Address {
     }
 }
 
-/// What the address says of the connection. `CLIENT SETINFO` is left out: it would wait for two answers more.
-fn connection_info(url: impl IntoConnectionInfo) -> redis::RedisResult<ConnectionInfo> {
+/// What connects. `CLIENT SETINFO` is left out: it would wait for two answers more.
+fn client(url: impl IntoConnectionInfo, certificates: &TlsCertificates) -> redis::RedisResult<Client> {
     let info = url.into_connection_info()?;
     let settings = info.redis_settings().clone().set_skip_set_lib_name();
-    Ok(info.set_redis_settings(settings))
+    let info = info.set_redis_settings(settings);
+    if certificates.client_tls.is_none() && certificates.root_cert.is_none() {
+        Client::open(info)
+    } else {
+        Client::build_with_tls(info, certificates.clone())
+    }
 }
 
 /// The bytes of a certificate's or key's file.

@@ -25,19 +25,28 @@ pub(super) enum Fate {
 /// A call that failed.
 #[derive(Debug)]
 pub(super) struct Failure {
-    pub error: Error,
+    /// Boxed, since most calls go well and carry its room.
+    pub error: Box<Error>,
     pub fate: Fate,
 }
 
 impl Failure {
-    pub fn unavailable(place: &str, fate: Fate, reason: impl Into<String>) -> Self {
+    fn new(fate: Fate, error: Error) -> Self {
         Self {
-            error: Error::Unavailable {
-                place: place.to_owned(),
-                reason: reason.into(),
-            },
+            error: Box::new(error),
             fate,
         }
+    }
+
+    pub fn unavailable(place: &str, fate: Fate, reason: impl Into<String>) -> Self {
+        let (place, reason) = (place.to_owned(), reason.into());
+        Self::new(fate, Error::Unavailable { place, reason })
+    }
+
+    /// A server that is asked in vain until something is put right.
+    fn server(place: &str, fate: Fate, problem: impl Into<String>) -> Self {
+        let (place, problem) = (place.to_owned(), problem.into());
+        Self::new(fate, Error::Server { place, problem })
     }
 
     /// No time is left.
@@ -47,15 +56,10 @@ impl Failure {
 
     /// An answer of another form than the command has.
     pub fn odd(place: &str, command: &str) -> Self {
-        Self {
-            error: Error::Server {
-                place: place.to_owned(),
-                problem: format!(
-                    "it answered {command} in a form that neither Redis nor Valkey uses; check what listens there"
-                ),
-            },
-            fate: Fate::Lost,
-        }
+        let problem = format!(
+            "it answered {command} in a form that neither Redis nor Valkey uses; check what listens there"
+        );
+        Self::server(place, Fate::Lost, problem)
     }
 
     /// An error of the connection, or one that the server gave while it was set up.
@@ -64,33 +68,28 @@ impl Failure {
             return Self::late(place, Fate::Silent, "no answer came", limit);
         }
         let text = error.to_string();
-        let server = |problem| Self {
-            error: Error::Server {
-                place: place.to_owned(),
-                problem,
-            },
-            fate: Fate::Refused,
-        };
-        let code = error.code().unwrap_or_default();
         match error.kind() {
-            ErrorKind::AuthenticationFailed => return server(credentials(&text)),
-            ErrorKind::InvalidClientConfig | ErrorKind::Client => {
-                return server(format!("no connection can be made ({text}); check the address"));
+            ErrorKind::AuthenticationFailed => {
+                return Self::server(place, Fate::Refused, credentials(&text));
             }
-            ErrorKind::Server(_) | ErrorKind::Extension => return Self::of_words(place, code, &text),
+            ErrorKind::InvalidClientConfig | ErrorKind::Client => {
+                let problem = format!("no connection can be made ({text}); check the address");
+                return Self::server(place, Fate::Refused, problem);
+            }
+            ErrorKind::Server(_) | ErrorKind::Extension => {
+                return Self::of_words(place, error.code().unwrap_or_default(), &text);
+            }
             _ => {}
         }
         if let Some(problem) = tls(error) {
-            return server(problem);
+            return Self::server(place, Fate::Refused, problem);
         }
-        if error.is_connection_refusal() {
-            return Self::unavailable(
-                place,
-                Fate::Lost,
-                "the connection was refused: check that the server runs and that the address is right",
-            );
-        }
-        Self::unavailable(place, Fate::Lost, format!("the connection broke ({text})"))
+        let reason = if error.is_connection_refusal() {
+            "the connection was refused: check that the server runs and that the address is right".to_owned()
+        } else {
+            format!("the connection broke ({text})")
+        };
+        Self::unavailable(place, Fate::Lost, reason)
     }
 
     /// An error that the server answered with.
@@ -101,62 +100,44 @@ impl Failure {
 
     /// An older server wraps a script's error in its own words, so the words count as much as the code.
     fn of_words(place: &str, code: &str, text: &str) -> Self {
-        let is = |word: &str| code == word || text.contains(&format!("-{word} "));
-        let place = place.to_owned();
+        let is = |words: &[&str]| {
+            words
+                .iter()
+                .any(|word| code == *word || text.contains(&format!("-{word} ")))
+        };
         let said = format!("the server said: {code} {text}");
-        let error = |fate, error| Self { error, fate };
-        let server = |problem| {
-            error(
-                Fate::Refused,
-                Error::Server {
-                    place: place.clone(),
-                    problem,
-                },
-            )
-        };
-        let unavailable = |fate, reason| {
-            error(
-                fate,
-                Error::Unavailable {
-                    place: place.clone(),
-                    reason,
-                },
-            )
-        };
-        if is("OOM") || text.contains("No space left on device") {
-            error(Fate::Refused, Error::Full { place, reason: said })
-        } else if is("NOAUTH") || is("WRONGPASS") || text.contains("AUTH <password>") {
+        let server = |problem: String| Self::server(place, Fate::Refused, problem);
+        if is(&["OOM"]) || text.contains("No space left on device") {
+            let place = place.to_owned();
+            Self::new(Fate::Refused, Error::Full { place, reason: said })
+        } else if is(&["NOAUTH", "WRONGPASS"]) {
             server(credentials(&said))
-        } else if is("NOPERM") {
+        } else if is(&["NOPERM"]) {
             server(format!(
-                "the user may not do what a store needs; allow it ~PREFIX* +hmget +hget +hscan +scan +eval +evalsha and the scripts' \
-                 hset, hdel, unlink and exists ({said})"
+                "the user may not do what a store needs; allow it ~PREFIX* +hmget +hget +hscan +scan +eval +evalsha +hset +hdel +unlink \
+                 +exists, for sizes and compaction also +memory +info +bgrewriteaof ({said})"
             ))
-        } else if is("READONLY") {
+        } else if is(&["READONLY"]) {
             server(format!(
                 "this is a read-only replica; give the primary's address ({said})"
             ))
-        } else if is("MOVED") || is("ASK") || is("CROSSSLOT") {
+        } else if is(&["MOVED", "ASK", "CROSSSLOT"]) {
             server(format!(
-                "this is one node of a cluster, and a memory belongs to another one; a store needs a server of its own, or a cluster's \
-                 proxy that shows it as one server ({said})"
+                "this is one node of a cluster, and the memory belongs to another one; a store needs one server, or a proxy that shows \
+                 the cluster as one ({said})"
             ))
-        } else if is("WRONGTYPE") {
-            error(
-                Fate::Refused,
-                Error::NotAStore {
-                    place,
-                    what: format!(
-                        "a key under its prefix holds no hash, so something else wrote it ({said}); another ?prefix= keeps the two apart"
-                    ),
-                },
-            )
-        } else if is("LOADING") {
-            unavailable(Fate::Early, "the server is still loading its data".to_owned())
-        } else if is("BUSY") || is("TRYAGAIN") || is("MASTERDOWN") || is("CLUSTERDOWN") {
-            unavailable(Fate::Early, said)
+        } else if is(&["WRONGTYPE"]) {
+            let what = format!(
+                "a key under its prefix holds no hash, so something else wrote it ({said}); another ?prefix= keeps the two apart"
+            );
+            let place = place.to_owned();
+            Self::new(Fate::Refused, Error::NotAStore { place, what })
+        } else if is(&["LOADING"]) {
+            Self::unavailable(place, Fate::Early, "the server is still loading its data")
+        } else if is(&["BUSY", "TRYAGAIN", "MASTERDOWN", "CLUSTERDOWN"]) {
+            Self::unavailable(place, Fate::Early, said)
         } else {
-            unavailable(Fate::Refused, said)
+            Self::unavailable(place, Fate::Refused, said)
         }
     }
 }

@@ -165,11 +165,6 @@ impl Lease<'_> {
         for command in commands {
             command.write_packed_command(&mut bytes);
         }
-        self.send(&bytes, commands.len())
-    }
-
-    /// The same for commands that are packed already.
-    pub fn send(&mut self, bytes: &[u8], answers: usize) -> Result<Vec<Value>, Failure> {
         let address = &self.pool.address;
         // Taken out, so that it is dropped on every way out but the good one.
         let Some(mut connection) = self.connection.take() else {
@@ -192,8 +187,8 @@ impl Lease<'_> {
         let mut exchange = || {
             connection.set_write_timeout(Some(left))?;
             connection.set_read_timeout(Some(left))?;
-            connection.send_packed_command(bytes)?;
-            (0..answers)
+            connection.send_packed_command(&bytes)?;
+            (0..commands.len())
                 .map(|_| {
                     if Instant::now() >= self.deadline {
                         return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
@@ -209,7 +204,12 @@ impl Lease<'_> {
             }
             Err(error) => {
                 self.pool.distrust();
-                Err(Failure::of_connection(&address.place, &error, address.timeout))
+                let mut failure = Failure::of_connection(&address.place, &error, address.timeout);
+                // The request was on its way, so nobody refused it for certain.
+                if failure.fate == Fate::Refused {
+                    failure.fate = Fate::Lost;
+                }
+                Err(failure)
             }
         }
     }

@@ -23,3 +23,6 @@ fn redb(shared: bool) -> (Arc<RedbBackend>, tempfile::TempDir) {
 
 backends!(redb_of_one_process, redb(false));
 backends!(redb_with_readers_beside, redb(true));
+
+memories!(stores_in_memory, (Arc::new(MemoryBackend::new()), ()));
+memories!(stores_in_redb, redb(false));

@@ -237,7 +237,7 @@ impl Shared {
         let database = guarded(&self.place, || {
             self.options
                 .builder()
-                .create_with_backend(Boxed(storage))
+                .create_with_backend(Boxed::for_writing(storage))
                 .map_err(|error| wrong(&self.place, "opening it", error))
         })?;
         // A file of another program's that redb can read is not ours to write into.
@@ -259,7 +259,7 @@ impl Shared {
             let database = self
                 .options
                 .builder()
-                .open_read_only_with_backend(Boxed(storage))
+                .open_read_only_with_backend(Boxed::for_reading(storage))
                 .map_err(|error| wrong(&self.place, "opening it", error))?;
             let begun = database
                 .begin_read()
@@ -847,7 +847,7 @@ impl Writer {
             let mut new = shared
                 .options
                 .builder()
-                .create_with_backend(Boxed(side))
+                .create_with_backend(Boxed::for_writing(side))
                 .map_err(|error| wrong(place, DOING, error))?;
             copy_table(place, &from, &new, HEADS)?;
             copy_table(place, &from, &new, OBJECTS)?;

@@ -1,5 +1,11 @@
 //! What every backend must do, as one suite. `backends!` makes a module of tests out of a function that opens an empty backend.
 
+#![allow(dead_code)] // each test file uses the part that it needs
+
+pub mod disk;
+pub mod memories;
+pub mod workload;
+
 use deltamem_store::backend::{Applied, Backend, Batch, Cursor, Group, HeadChange, Key, Kind, Page};
 
 pub fn group(n: u8) -> Group {

@@ -85,10 +85,7 @@ impl Media for FileMedia {
         if new {
             sync_directory(&self.path)?;
         }
-        Ok(Box::new(Main {
-            file: backend(file)?,
-            looked: AtomicBool::new(false),
-        }))
+        Ok(Box::new(backend(file)?))
     }
 
     fn view(&self) -> io::Result<Box<dyn StorageBackend>> {
@@ -129,21 +126,13 @@ impl Media for FileMedia {
     }
 }
 
-/// The main file. redb writes the magic number of a new file last, and takes a file without it for somebody else's; a process that was
-/// killed in between leaves such a file. It holds nothing yet, so it counts as empty.
-#[derive(Debug)]
-struct Main {
-    file: FileBackend,
-    looked: AtomicBool,
-}
-
 /// The longest file that redb leaves while it makes one.
 const NEWBORN: u64 = 4 << 20;
 /// redb's header; everything behind it is zero until the magic number stands.
 const HEADER: usize = 4096;
 
 /// Whether these are the bytes of a database that was being made: no magic number yet, and nothing behind the header.
-pub(crate) fn newborn(file: &dyn StorageBackend) -> io::Result<bool> {
+fn newborn(file: &dyn StorageBackend) -> io::Result<bool> {
     let length = file.len()?;
     if length == 0 || length > NEWBORN {
         return Ok(false);
@@ -155,10 +144,34 @@ pub(crate) fn newborn(file: &dyn StorageBackend) -> io::Result<bool> {
     Ok(magic.iter().chain(behind).all(|byte| *byte == 0))
 }
 
-impl StorageBackend for Main {
+/// A storage as redb wants one, by value. redb writes the magic number of a new file last, and takes a file without it for somebody
+/// else's; a process that was killed in between leaves such a file. It holds nothing yet, so a writer takes it for an empty one.
+#[derive(Debug)]
+pub(crate) struct Boxed {
+    file: Box<dyn StorageBackend>,
+    looked: AtomicBool,
+}
+
+impl Boxed {
+    pub(crate) fn for_writing(file: Box<dyn StorageBackend>) -> Self {
+        Self {
+            file,
+            looked: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn for_reading(file: Box<dyn StorageBackend>) -> Self {
+        Self {
+            file,
+            looked: AtomicBool::new(true),
+        }
+    }
+}
+
+impl StorageBackend for Boxed {
     fn len(&self) -> io::Result<u64> {
         // redb asks for the length after it has the lock and before anything else.
-        if !self.looked.swap(true, Ordering::AcqRel) && newborn(&self.file)? {
+        if !self.looked.swap(true, Ordering::AcqRel) && newborn(&*self.file)? {
             self.file.set_len(0)?;
         }
         self.file.len()
@@ -206,59 +219,5 @@ impl StorageBackend for Main {
 
     fn query_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
         self.file.query_lock_range(start, end)
-    }
-}
-
-/// A boxed storage, as redb wants one by value.
-#[derive(Debug)]
-pub(crate) struct Boxed(pub Box<dyn StorageBackend>);
-
-impl StorageBackend for Boxed {
-    fn len(&self) -> io::Result<u64> {
-        self.0.len()
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read(offset, out)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write(offset, data)
-    }
-
-    fn close(&self) -> io::Result<()> {
-        self.0.close()
-    }
-
-    fn try_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
-        self.0.try_lock_range(start, end)
-    }
-
-    fn try_lock_shared_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
-        self.0.try_lock_shared_range(start, end)
-    }
-
-    fn lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
-        self.0.lock_range(start, end)
-    }
-
-    fn lock_shared_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
-        self.0.lock_shared_range(start, end)
-    }
-
-    fn unlock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
-        self.0.unlock_range(start, end)
-    }
-
-    fn query_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
-        self.0.query_lock_range(start, end)
     }
 }

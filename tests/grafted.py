@@ -93,6 +93,7 @@ class Grafted:
             name: found[self.present.get(name) or name.replace("past_key_values", "present")] for name in self.past
         }
         self.energy = found.get("delta_energy")
+        self.queries = found.get("queries")
         self.spans = found.get("present_spans")
         logits = found["logits"]
         if rows is not None:

@@ -288,3 +288,24 @@ def test_one_kv_buffer_serves_as_past_and_present(parity_bundle) -> None:
         memory = by_shape[5]
     assert_close("logits", np.concatenate(logits), want, LOGITS)
     assert_close("states", memory, one.memory, STATES)
+
+
+@pytest.mark.parametrize("granularity", ["token", "sentence_mean"])
+def test_queries_are_what_the_reference_reads_with(granularity, make_backbone, make_adapter, tmp_path) -> None:
+    backbone = make_backbone("llama")
+    adapter = make_adapter(
+        backbone, num_state_heads=2, target_layers=(0, 2), memory_write_granularity=granularity, delta_heads=("q", "o")
+    )
+    bundle = export_bundle(backbone, adapter, tmp_path / "bundle", check=False, **QUIET)
+    grafted = Grafted(bundle, measured=True)
+    model = AutoModelForCausalLM.from_pretrained(backbone).eval()
+    handle = attach(model, adapter)
+    handle.record, handle.spans = True, "token"
+    told, asked = np.arange(3, 30), np.arange(30, 50)
+    with torch.no_grad():
+        for ids in (told, asked):
+            model(torch.from_numpy(ids[None]))
+            grafted.feed(ids)
+            grafted.end_turn()
+    want = np.stack([handle.recorded[i].q[0].numpy() for i in (0, 2)], axis=1)  # [T, L, H, r]
+    assert_close("queries", grafted.queries[0], want, 1e-5)

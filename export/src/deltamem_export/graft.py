@@ -51,14 +51,14 @@ def graft(
         layers: the layers that carry a memory, ascending; their order is the order of the memory's layer
         axis.
         head_dim: the width of one attention head, which the builder leaves open in the KV cache's shape.
-        measured: where to write the same graph with the output `delta_energy`; it shares the weights' file.
+        measured: where to write the same graph with the outputs `delta_energy` and `queries`; it shares the weights' file.
         find: finds the attentions in the graph; for a graph of the builder's if not given.
 
     Raises:
         ExportError: the graph does not have the structure that the graft needs.
     """
     model = ir.load(source)
-    corrections = _graft(model, adapter, layers, find)
+    corrections, queries = _graft(model, adapter, layers, find)
     for value in (*model.graph.inputs, *model.graph.outputs):
         own_cache = name_of(value).startswith(("past_key_values.", "present.")) and name_of(value).endswith(
             (".key", ".value")
@@ -72,13 +72,16 @@ def graft(
     if measured is not None:
         # Read back, so that every weight is a reference into the file that has just been written.
         again = ir.load(target)
-        _measure(again, adapter.config, corrections)
+        _measure(again, adapter.config, corrections, queries)
         ir.save(again, measured)
     return facts
 
 
-def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int], find: FindAttentions) -> list[dict[str, _Placed]]:
-    """Grafts in place. Returns what was placed where, for each memory layer and delta head."""
+def _graft(
+    model: ir.Model, adapter: Adapter, layers: Sequence[int], find: FindAttentions
+) -> tuple[list[dict[str, _Placed]], list[str]]:
+    """Grafts in place. Returns what was placed where, for each memory layer and delta head, and the names of each layer's
+    queries."""
     graph = model.graph
     config = adapter.config
     found = find(graph, layers)
@@ -99,7 +102,7 @@ def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int], find: FindA
         placed.append(_correct(nodes, config, tensors, reads, attention.sites, io_dtype))
 
     island.end()
-    return placed
+    return placed, [name_of(q) for q in island.queries]
 
 
 def _correct(
@@ -168,9 +171,11 @@ def _correct(
     return placed
 
 
-def _measure(model: ir.Model, config: AdapterConfig, placed: Sequence[Mapping[str, _Placed]]) -> None:
-    """Adds the output `delta_energy`, [B, T, L, D, 2]: the sums of squares of each correction and of what it
-    corrects."""
+def _measure(
+    model: ir.Model, config: AdapterConfig, placed: Sequence[Mapping[str, _Placed]], queries: Sequence[str]
+) -> None:
+    """Adds the outputs `delta_energy`, [B, T, L, D, 2], the sums of squares of each correction and of what it corrects,
+    and `queries`, [B, T, L, H, r], what each token reads the memory with."""
     graph = model.graph
     values = {v.name: v for node in graph for v in node.outputs}
     sums = []
@@ -183,15 +188,24 @@ def _measure(model: ir.Model, config: AdapterConfig, placed: Sequence[Mapping[st
                 part = nodes("Slice", values[name], start, end, nodes.ints([-1]), name=f"{label}/Slice")
                 part = nodes("Cast", part, name=f"{label}/Cast", to=_FLOAT.value)
                 sums.append(nodes("ReduceSumSquare", part, nodes.ints([-1]), name=label, keepdims=1))
-    top = Nodes(graph, "/deltamem/energy")
-    joined = top("Concat", *sums, name="Concat", axis=-1)
-    shape = [len(placed), len(config.delta_heads), 2]
-    energy = top("Reshape", joined, top.ints([0, 0, *shape]), name="Reshape")
-    energy.name = "delta_energy"
-    energy.shape = ir.Shape(["batch_size", "sequence_length", *shape])
-    energy.type = ir.TensorType(_FLOAT)
-    graph.outputs.append(energy)
+    _add_output(graph, "delta_energy", sums, [len(placed), len(config.delta_heads), 2])
+
+    reads = [values[name] for name in queries]
+    if config.writes_spans:  # behind the tokens stand the spans, which read nothing
+        nodes = Nodes(graph, "/deltamem/queries")
+        tokens, zero, one = values["/deltamem/tokens"], nodes.ints([0]), nodes.ints([1])
+        reads = [nodes("Slice", q, zero, tokens, one, name=f"{n}") for n, q in enumerate(reads)]
+    _add_output(graph, "queries", reads, [len(placed), config.num_state_heads, config.rank])
     graph.sort()
+
+
+def _add_output(graph: ir.Graph, name: str, parts: Sequence[ir.Value], shape: Sequence[int]) -> None:
+    """The parts [B, T, ...] side by side, as the output [B, T, *shape]."""
+    nodes = Nodes(graph, f"/deltamem/{name}")
+    value = nodes("Reshape", nodes.concat(parts, name="Concat"), nodes.ints([0, 0, *shape]), name="Reshape")
+    value.name, value.type = name, ir.TensorType(_FLOAT)
+    value.shape = ir.Shape(["batch_size", "sequence_length", *shape])
+    graph.outputs.append(value)
 
 
 def _input_ids_to_int32(graph: ir.Graph) -> None:

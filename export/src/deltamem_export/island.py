@@ -74,6 +74,7 @@ class Island:
         mask = write_mask = add_input(graph, "write_mask", _FLOAT, [batch, "sequence_length"])
         memory = add_input(graph, "past_memory", _FLOAT, [batch, layers, c.num_state_heads, c.rank, c.rank])
         self.states = self._split_memory(memory)
+        self.queries: list[ir.Value] = []  # of each layer, [B, T (+ S), R]
         self.span_weights: ir.Value | None = None
         if c.writes_spans:
             self.span_weights = add_input(graph, "span_weights", _FLOAT, [batch, "spans", "sequence_length"])
@@ -143,6 +144,7 @@ class Island:
             qk = nodes("Div", qk, length, name="qk/Div")
             qk = nodes("Reshape", qk, nodes.ints([0, 0, 2 * width]), name="qk")
         q, k = nodes.split(qk, [width, width], name="qk/Split")
+        self.queries.append(q)
         # The extra step: behind the queries, in front of everything else. [B, T + 1, ..]
         q = nodes("Pad", q, nodes.ints([0, 0, 0, 0, 1, 0]), name="q")
         k = nodes("Pad", k, nodes.ints([0, 1, 0, 0, 0, 0]), name="k")

@@ -177,7 +177,7 @@ impl WriteGranularity {
 pub struct Graph {
     /// The graph.
     pub file: String,
-    /// The same graph with the output `delta_energy`.
+    /// The same graph with the outputs `delta_energy` and `queries`.
     #[serde(default)]
     pub measured_file: Option<String>,
     /// The layers with a KV cache, ascending.

@@ -52,8 +52,24 @@ pub(crate) struct Chunk<'a> {
     pub(crate) turn: &'a mut TurnCache,
     /// Where the logits go, float32 [rows, vocab].
     pub(crate) logits: &'a mut [f32],
-    /// Where the corrections' energies go, float32 [tokens, layers, delta heads, 2]; asking for them takes the measured graph.
+    /// What else is wanted.
+    pub(crate) measures: Measures<'a>,
+}
+
+/// Where the outputs of the measured graph go; asking for one takes that graph.
+#[derive(Default)]
+pub(crate) struct Measures<'a> {
+    /// The corrections' energies, float32 [tokens, layers, delta heads, 2].
     pub(crate) energy: Option<&'a mut [f32]>,
+    /// What each token reads the memory with, float32 [tokens, layers, heads, r].
+    pub(crate) queries: Option<&'a mut [f32]>,
+}
+
+impl Measures<'_> {
+    /// Whether anything is wanted.
+    pub(crate) fn any(&self) -> bool {
+        self.energy.is_some() || self.queries.is_some()
+    }
 }
 
 /// The S spans of one run.
@@ -80,6 +96,7 @@ pub(crate) struct Names {
     logits: CString,
     present_memory: CString,
     delta_energy: CString,
+    queries: CString,
     span_weights: CString,
     span_mask: CString,
     past_spans: CString,
@@ -116,6 +133,7 @@ impl Names {
             logits: name("logits"),
             present_memory: name("present_memory"),
             delta_energy: name("delta_energy"),
+            queries: name("queries"),
             span_weights: name("span_weights"),
             span_mask: name("span_mask"),
             past_spans: name("past_spans"),
@@ -189,7 +207,7 @@ impl Graph {
             present_memory,
             turn,
             logits,
-            energy,
+            measures,
         } = chunk;
         let (count, past) = (tokens.len(), turn.len());
         let total = past + count;
@@ -217,7 +235,7 @@ impl Graph {
         let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
         let (mut caches, mut states) = turn_tensors(turn, count, manifest)?;
         let (position_ids, span_inputs);
-        let (mut measured, mut present_spans);
+        let (mut energies, mut queries, mut present_spans);
 
         let mut call = Call::default();
         call.input(&names.input_ids, &input_ids);
@@ -271,13 +289,14 @@ impl Graph {
             call.input(&names.past_spans, past);
             call.output(&names.present_spans, &mut present_spans);
         }
-        if let Some(energy) = energy {
-            let memory = &manifest.memory;
-            measured = Tensor::output(
-                energy,
-                &[1, count, memory.layers.len(), memory.delta_heads.len(), 2],
-            )?;
-            call.output(&names.delta_energy, &mut measured);
+        if let Some(energy) = measures.energy {
+            let heads = manifest.memory.delta_heads.len();
+            energies = Tensor::output(energy, &[1, count, layers, heads, 2])?;
+            call.output(&names.delta_energy, &mut energies);
+        }
+        if let Some(wanted) = measures.queries {
+            queries = Tensor::output(wanted, &[1, count, layers, heads, rank])?;
+            call.output(&names.queries, &mut queries);
         }
         call.run(&mut self.session)
     }
@@ -373,7 +392,9 @@ fn expected<'a>(manifest: &Manifest, names: &'a Names, measured: bool) -> [Vec<E
     ];
     if measured {
         let delta = vec![ANY, ANY, layers, size(memory.delta_heads.len()), 2];
+        let queries = vec![ANY, ANY, layers, size(memory.heads), size(memory.rank)];
         outputs.push((&names.delta_energy, float, delta));
+        outputs.push((&names.queries, float, queries));
     }
     for (past, present) in &names.kv {
         inputs.push((past, kv_type, cache.clone()));

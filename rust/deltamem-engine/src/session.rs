@@ -6,7 +6,7 @@ use std::sync::Arc;
 use deltamem_core::{Geometry, Snapshot};
 
 use crate::error::{EngineError, Result};
-use crate::graph::{Chunk, ChunkSpans, Rows};
+use crate::graph::{Chunk, ChunkSpans, Measures, Rows};
 use crate::memory::{MemoryBuffers, MemoryView};
 use crate::model::{CHUNK_TOKENS, Model};
 use crate::sampling::Sampler;
@@ -330,6 +330,39 @@ impl Session {
         self.ends_turn = false;
     }
 
+    /// What each token reads the memory with, float32 [tokens, layers, heads, r]: the queries of these tokens in a turn of their own
+    /// that writes nothing, on the memory as it is. The session stays as it is.
+    ///
+    /// # Errors
+    /// As [`Session::feed`]; [`EngineError::Unsupported`] when the bundle has no measured graph.
+    pub fn queries(&self, tokens: &[i32], interrupt: Interrupt<'_>) -> Result<Vec<f32>> {
+        self.model.check_tokens(tokens)?;
+        let mut aside = Self::new(Arc::clone(&self.model));
+        aside.check_room(tokens.len())?;
+        aside.memory.set_front(self.memory());
+        let [layers, heads, rank, _] = self.geometry().shape();
+        let mut queries = vec![0.0; tokens.len() * layers * heads * rank];
+        let mut cache = self.model.lend_cache()?;
+        let chunks = queries.chunks_mut(CHUNK_TOKENS * layers * heads * rank);
+        let mut outcome = Ok(());
+        for (tokens, queries) in tokens.chunks(CHUNK_TOKENS).zip(chunks) {
+            outcome = if interrupt() {
+                Err(EngineError::Interrupted)
+            } else {
+                let measures = Measures {
+                    energy: None,
+                    queries: Some(queries),
+                };
+                aside.read_chunk(tokens, false, None, &mut cache, None, measures)
+            };
+            if outcome.is_err() {
+                break;
+            }
+        }
+        self.model.return_cache(cache);
+        outcome.map(|()| queries)
+    }
+
     /// Reads tokens, whole or not at all.
     pub(crate) fn read(
         &mut self,
@@ -404,11 +437,14 @@ impl Session {
             if energy.is_some() {
                 all_energies.resize(chunk.len() * pairs * 2, 0.0);
             }
-            let energies = energy.is_some().then_some(&mut all_energies[..]);
+            let measures = Measures {
+                energy: energy.is_some().then_some(&mut all_energies[..]),
+                queries: None,
+            };
             outcome = match writes {
                 Writes::Nothing | Writes::Tokens => {
                     let write = *writes == Writes::Tokens;
-                    self.read_chunk(chunk, write, None, &mut cache, wanted, energies)
+                    self.read_chunk(chunk, write, None, &mut cache, wanted, measures)
                 }
                 Writes::Spans(plan) => {
                     // The last chunk writes every span of the call; the others gather for those that they touch.
@@ -429,7 +465,7 @@ impl Session {
                                 past,
                                 present,
                             };
-                            self.read_chunk(chunk, false, Some(spans), &mut cache, wanted, energies)
+                            self.read_chunk(chunk, false, Some(spans), &mut cache, wanted, measures)
                         });
                     if run.is_ok() {
                         gathered.keep(spans);
@@ -455,7 +491,7 @@ impl Session {
         spans: Option<ChunkSpans<'_>>,
         cache: &mut TurnCache,
         mut wanted: Option<&mut [f32]>,
-        energy: Option<&mut [f32]>,
+        measures: Measures<'_>,
     ) -> Result<()> {
         cache.kv.reserve(tokens.len())?;
         let vocab = self.model.vocab();
@@ -474,7 +510,7 @@ impl Session {
             present_memory,
             turn: cache,
             logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
-            energy,
+            measures,
         });
         if let Some(all) = wanted {
             self.spare_logits.copy_from_slice(&all[all.len() - vocab..]);

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use deltamem_store::backend::redb::Media;
 use parking_lot::Mutex;
@@ -46,6 +47,8 @@ struct State {
     out: bool,
     /// Bytes of all files together that there is room for.
     capacity: u64,
+    /// How long a sync takes.
+    slow: Duration,
 }
 
 /// The disk; clones are the same one.
@@ -75,6 +78,7 @@ impl Disk {
             syncs: 0,
             out: false,
             capacity: u64::MAX,
+            slow: Duration::ZERO,
         })))
     }
 
@@ -84,6 +88,10 @@ impl Disk {
 
     pub fn room(&self, capacity: u64) {
         self.0.lock().capacity = capacity;
+    }
+
+    pub fn slow(&self, sync: Duration) {
+        self.0.lock().slow = sync;
     }
 
     /// Operations, writes and syncs so far.
@@ -202,6 +210,8 @@ impl StorageBackend for Handle {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        let slow = self.disk.0.lock().slow;
+        std::thread::sleep(slow);
         let mut state = self.disk.0.lock();
         state.sync()?;
         let file = &mut state.files[self.file];

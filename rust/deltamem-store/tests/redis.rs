@@ -7,9 +7,10 @@ mod server;
 mod suite;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Write as _};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use deltamem_store::Error;
@@ -33,6 +34,15 @@ backends!(redis_backend, {
     let server = server!();
     (Box::new(open(&server.address())), server)
 });
+
+memories!(
+    stores_in_redis,
+    {
+        let server = Server::start(&[]).unwrap();
+        (Arc::new(open(&server.address())), server)
+    },
+    server::program().is_some()
+);
 
 fn open(address: &str) -> RedisBackend {
     RedisBackend::open(address).unwrap()
@@ -584,6 +594,145 @@ fn over_a_network_that_keeps_breaking_every_outcome_told_is_true() {
     assert!(acknowledged.len() > 200, "{}", acknowledged.len());
 }
 
+/// A server that reads commands and says what it was told to, one text for each; nothing ends the connection.
+fn scripted(answers: Vec<Option<&'static str>>) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("redis://{}?timeout_ms=500", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        // What opening a store asks first.
+        let mut answers = [Some("$0\r\n\r\n")].into_iter().chain(answers);
+        for connection in listener.incoming() {
+            let mut connection = BufReader::new(connection.unwrap());
+            while command(&mut connection).is_some() {
+                match answers.next() {
+                    Some(Some(answer)) => connection.get_mut().write_all(answer.as_bytes()).unwrap(),
+                    Some(None) => break,
+                    None => return,
+                }
+            }
+        }
+    });
+    address
+}
+
+/// Reads one command and forgets it; `None` at the end.
+fn command(from: &mut impl BufRead) -> Option<()> {
+    let mut length = |mark: char| {
+        let mut line = String::new();
+        from.read_line(&mut line).ok()?;
+        let number = line.strip_prefix(mark)?.trim_end().parse::<usize>().ok()?;
+        if mark == '$' {
+            from.read_exact(&mut vec![0; number + 2]).ok()?;
+        }
+        Some(number)
+    };
+    for _ in 0..length('*')? {
+        length('$')?;
+    }
+    Some(())
+}
+
+#[test]
+fn a_refusal_after_a_lost_answer_is_no_refusal() {
+    const OLD: Option<&str> = Some("*1\r\n$1\r\na\r\n");
+    const OTHER: Option<&str> = Some("*1\r\n$1\r\nc\r\n");
+    const OURS: Option<&str> = Some("*1\r\n$1\r\nb\r\n");
+    const REFUSED: Option<&str> = Some("*2\r\n:0\r\n$1\r\nc\r\n");
+    const MADE: Option<&str> = Some("*1\r\n:1\r\n");
+    // Lost, untouched, sent again, and refused: the first one may have been made late, with another one on top of it.
+    for (answers, done) in [
+        (vec![None, OLD, REFUSED, OTHER], false),
+        (vec![None, OLD, REFUSED, OURS], true),
+        (vec![None, OLD, None, OURS], true),
+        (vec![None, OLD, MADE], true),
+        (vec![None, OTHER], false),
+        (vec![None, None, None, None], false),
+        (vec![None, None, OURS], true),
+    ] {
+        let backend = open(&scripted(answers.clone()));
+        match backend.apply(moving(1, Some("a"), "b")) {
+            Ok(told) => assert!(done && told == Applied::Done, "{answers:?} {told:?}"),
+            Err(error) => assert!(
+                !done && matches!(error, Error::Unavailable { .. }),
+                "{answers:?} {error}"
+            ),
+        }
+    }
+}
+
+#[test]
+fn what_a_server_says_becomes_the_error_that_helps() {
+    for (answer, kind, part) in [
+        ("-MOVED 99 10.0.0.1:6379\r\n", "Server", "one node of a cluster"),
+        (
+            "-READONLY You can't write against a read only replica.\r\n",
+            "Server",
+            "give the primary's address",
+        ),
+        (
+            "-ERR Error running script (call to f_0): @user_script:9: @user_script: 9: -READONLY You can't write\r\n",
+            "Server",
+            "primary's",
+        ),
+        (
+            "-ERR Error running script (call to f_0): @user_script:9: -OOM command not allowed\r\n",
+            "Full",
+            "OOM",
+        ),
+        (
+            "-MISCONF Errors writing to the AOF file: No space left on device\r\n",
+            "Full",
+            "No space left",
+        ),
+        (
+            "-MISCONF Redis is configured to save RDB snapshots, but it's unable to persist to disk.\r\n",
+            "Unavailable",
+            "MISCONF",
+        ),
+        (
+            "-NOREPLICAS Not enough good replicas to write.\r\n",
+            "Unavailable",
+            "NOREPLICAS",
+        ),
+        (
+            "-ERR unknown command 'EVALSHA'\r\n",
+            "Unavailable",
+            "unknown command",
+        ),
+        (
+            "-NOAUTH Authentication required.\r\n",
+            "Server",
+            "user:password@host",
+        ),
+        ("+OK\r\n", "Server", "check what listens there"),
+    ] {
+        let address = scripted(vec![Some(answer); 10]);
+        let error = open(&address).apply(moving(1, None, "a")).unwrap_err();
+        assert!(format!("{error:?}").starts_with(kind), "{answer} {error:?}");
+        assert!(error.to_string().contains(part), "{answer} {error}");
+    }
+    // Loading ends, and nobody hears of it.
+    let loading = Some("-LOADING Redis is loading the dataset in memory\r\n");
+    let backend = open(&scripted(vec![
+        loading,
+        Some("*1\r\n:1\r\n"),
+        loading,
+        loading,
+        Some("*1\r\n$-1\r\n"),
+    ]));
+    assert_eq!(backend.apply(moving(1, None, "a")).unwrap(), Applied::Done);
+    assert_eq!(head(&backend, group(1)), None);
+    let error = open(&scripted(vec![loading; 3])).read(group(1), &[]).unwrap_err();
+    assert!(error.to_string().contains("still loading"), "{error}");
+    // Something else listens there.
+    let web = scripted(vec![Some("HTTP/1.1 400 Bad Request\r\n\r\n"); 10]);
+    let error = open(&web).read(group(1), &[]).unwrap_err();
+    assert!(
+        matches!(error, Error::Unavailable { .. } | Error::Server { .. }),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_password_is_needed_checked_and_never_shown() {
     let server = server!("--requirepass", "b@tteries");
@@ -833,7 +982,16 @@ fn what_was_removed_leaves_the_append_only_file() {
     assert!(holds("secret of group one"));
     let done = backend.compact().unwrap();
     assert!(done.before > 0 && done.after <= done.before, "{done:?}");
-    assert!(!holds("secret of group one") && holds("letter of group two"));
+    // The server has the old file removed in the background.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while holds("secret of group one") {
+        assert!(
+            Instant::now() < deadline,
+            "the removed value is still in the append-only file"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(holds("letter of group two"));
 }
 
 #[test]

@@ -629,24 +629,29 @@ impl Backend for RedisBackend {
     }
 
     /// The bytes are those of [`Backend::size`], which removed values have left already. What changes is the allocator's share and the
-    /// append-only file, if the user may have it rewritten; it is waited for, a minute at most.
+    /// append-only file, if the user may have it rewritten; it is waited for, a minute at most. The server unlinks the old file some
+    /// milliseconds later, by a thread of its own.
     fn compact(&self) -> Result<Compacted, Error> {
         let before = self.size()?;
         let mut purge = Cmd::new();
         purge.arg("MEMORY").arg("PURGE");
         self.ask(purge)?;
         if field(&self.info("persistence")?, "aof_enabled") == Some("1") {
-            let mut rewrite = Cmd::new();
-            rewrite.arg("BGREWRITEAOF");
-            self.ask(rewrite)?;
             let deadline = Instant::now() + REWRITING;
+            let mut asked = false;
             while Instant::now() < deadline {
                 let info = self.info("persistence")?;
                 let under_way = ["aof_rewrite_in_progress", "aof_rewrite_scheduled"]
                     .iter()
                     .any(|name| field(&info, name) == Some("1"));
                 if !under_way {
-                    break;
+                    // One that somebody else began may have seen what is removed by now, so it does not count.
+                    if asked {
+                        break;
+                    }
+                    let mut rewrite = Cmd::new();
+                    rewrite.arg("BGREWRITEAOF");
+                    asked = !matches!(self.ask(rewrite)?, Value::ServerError(error) if error.details().is_some_and(|text| text.contains("in progress")));
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }

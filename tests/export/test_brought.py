@@ -22,23 +22,11 @@ from deltamem_export.mapping import GraphMapping, bring, mapping_of
 from deltamem_export.reference import attach
 from grafted import Grafted
 from plain_onnx import write_plain_onnx
+from tiny import SIZES
 
 LOGITS, STATES = 1e-4, 1e-5
 QUIET = {"say": lambda _: None}
 EVERY = ("q", "k", "v", "o")
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 
 BROUGHT: dict[str, Callable[[], PretrainedConfig]] = {
     "Olmo2ForCausalLM": lambda: Olmo2Config(**SIZES, rms_norm_eps=1e-3),

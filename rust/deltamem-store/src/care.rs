@@ -8,7 +8,7 @@ use crate::backend::{Compacted, Group, Key, Kind};
 use crate::commit::{Commit, CommitId, StateId};
 use crate::error::Error;
 use crate::history::History;
-use crate::record::{Limits, Move, Record, RefKind, Usage};
+use crate::record::{Limits, MAX_REFS, Move, Record, RefKind, Usage};
 use crate::seal::Domain;
 use crate::store::{Edit, Opened, Store, Target};
 use crate::transfer::Whole;
@@ -535,15 +535,33 @@ impl Store {
                 what,
             });
         }
-        let mut groups = BTreeMap::new();
+        // A damaged file may give several heads of one group, of which the newest that opens counts.
+        let mut groups: BTreeMap<Group, Vec<Vec<u8>>> = BTreeMap::new();
         if let Err(error) = self.each_group(|group, head| {
-            groups.insert(group, head);
+            groups.entry(group).or_default().push(head);
             Ok(())
         }) {
             report.losses.push(damage_of(None, error)?);
         }
-        for (group, head) in groups {
-            self.repair_group(group, head, into, &mut report)?;
+        for (group, heads) in groups {
+            let version = |head: &Vec<u8>| {
+                let opened = self.decode_uncached(group, head.clone());
+                opened.map_or(0, |opened| opened.record.version)
+            };
+            if let Some(head) = heads.into_iter().max_by_key(version) {
+                self.repair_group(group, head, into, &mut report)?;
+            }
+        }
+        // What was found on the way.
+        for (place, what) in self.backend.check()? {
+            let damage = Damage {
+                memory: None,
+                place,
+                what,
+            };
+            if !report.losses.contains(&damage) {
+                report.losses.push(damage);
+            }
         }
         Ok(report)
     }
@@ -571,163 +589,169 @@ impl Store {
             }
         };
         let name = opened.record.name.clone();
-        let mut lost = |place: String, what: String| {
-            report.losses.push(Damage {
-                memory: Some(name.clone()),
-                place,
-                what,
-            });
+        let mut losses = Losses {
+            memory: name.clone(),
+            found: &mut report.losses,
         };
-        let mut whole = Whole {
-            record: opened.record.clone(),
-            commits: BTreeMap::new(),
-            states: BTreeMap::new(),
-            moves: BTreeMap::new(),
-        };
-        let mut history = History::default();
-        let mut moves = BTreeMap::new();
-        for kind in Kind::ALL {
-            let listed = self.each_value(group, kind, |key, value| {
-                let opening = match kind {
-                    Kind::Commit => self.open_commit(&opened, key, &value).map(|commit| {
-                        history.0.insert(commit.id, commit);
-                    }),
-                    Kind::State => self
-                        .look_at_state(&opened, key, &value, true)
-                        .and_then(|(id, _, _)| {
-                            whole.states.insert(id, self.open_value(&opened, key, &value)?);
-                            Ok(())
-                        }),
-                    Kind::Log => self.open_value(&opened, key, &value).map(|bytes| {
-                        if let Ok(entry) = Move::decode(&bytes) {
-                            moves.insert(entry.number, entry);
-                        }
-                    }),
-                };
-                match opening {
-                    Err(Error::Damaged { place, what }) => lost(place, what),
-                    other => other?,
-                }
-                Ok(())
-            });
-            match listed {
-                Err(Error::Damaged { place, what }) => lost(place, what),
-                other => other?,
-            }
-        }
-
-        let readable = History(history.0.clone());
-        history.0.retain(|id, commit| {
-            let kept = whole.states.contains_key(&commit.state);
-            if !kept {
-                lost(
-                    format!("commit {id}"),
-                    format!("its state {} is lost", commit.state),
-                );
-            }
-            kept
-        });
-        let cut = history.0.values().filter(|commit| {
-            commit
-                .parents
-                .iter()
-                .any(|parent| !history.0.contains_key(parent))
-        });
-        whole.record.shallow = cut.map(|commit| commit.id).collect();
-        let mut edit = Edit::empty(whole.record.clone());
+        let mut left = self.gather_whole(&opened, &mut losses)?;
+        let mut edit = Edit::empty(opened.record.clone());
         edit.now = self.now();
-        edit.record.refs.clear();
-        edit.record.moves = edit
-            .record
-            .moves
-            .max(moves.keys().last().map_or(0, |last| last + 1));
-        for ((kind, ref_name), entry) in &opened.record.refs {
-            match nearest_whole(&history, &readable, &moves, entry.target, entry.log) {
-                Some(commit) => {
-                    if commit.id != entry.target {
-                        let what = format!("commit {} is lost, it goes back to {}", entry.target, commit.id);
-                        lost(format!("the {} {ref_name:?}", kind.word()), what);
-                    }
-                    edit.move_ref(*kind, ref_name, Some(Target::from(commit)), "repair");
-                }
-                None => lost(
-                    format!("the {} {ref_name:?}", kind.word()),
-                    "no commit of it is whole".into(),
-                ),
-            }
-        }
-        if edit.record.refs.is_empty() {
-            let parents: HashSet<CommitId> = history
-                .0
-                .values()
-                .flat_map(|commit| commit.parents.clone())
-                .collect();
-            let mut tips: Vec<&Commit> = history
-                .0
-                .values()
-                .filter(|commit| !parents.contains(&commit.id))
-                .collect();
-            tips.sort_unstable_by_key(|commit| {
-                (std::cmp::Reverse((commit.generation, commit.time_ms)), commit.id)
-            });
-            for commit in tips {
-                let recovered = format!("recovered-{}", &commit.id.to_string()[..12]);
-                edit.move_ref(RefKind::Branch, &recovered, Some(Target::from(commit)), "repair");
-            }
-        }
-        let branch = edit
-            .record
-            .refs
-            .keys()
-            .find(|(kind, _)| *kind == RefKind::Branch)
-            .map(|(_, name)| name.clone());
-        let Some(branch) = branch else {
-            lost(self.place(group, Some(&name)), "no branch of it is whole".into());
+        if !restore_refs(&mut edit, &opened.record, &left, &mut losses) {
+            losses.note(self.place(group, Some(&name)), "no branch of it is whole");
             return Ok(());
-        };
-        if edit.record.branch(&edit.record.head).is_none() {
-            edit.record.head = branch;
         }
-        let roots: Vec<CommitId> = edit.record.refs.values().map(|entry| entry.target).collect();
-        let former = moves
+        let roots = edit.record.refs.values().map(|entry| entry.target);
+        let former = left
+            .moves
             .values()
             .flat_map(|entry| entry.old.into_iter().chain(entry.new));
-        let reached = history.ancestors(roots.into_iter().chain(former));
+        let history = &left.history;
+        let reached = history.ancestors(roots.chain(former));
         let used: HashSet<StateId> = reached.iter().map(|id| history.0[id].state).collect();
-        whole.commits = reached.iter().map(|id| (*id, history.0[id].encode())).collect();
-        whole.states.retain(|id, _| used.contains(id));
-        edit.record.shallow.retain(|id| reached.contains(id));
-        whole.record = edit.record;
-        whole.moves = moves
-            .into_values()
-            .chain(edit.moves)
-            .map(|entry| (entry.number, entry.encode()))
-            .collect();
+        left.states.retain(|id, _| used.contains(id));
+        let cut = |id: &&CommitId| {
+            let mut parents = history.0[id].parents.iter();
+            parents.any(|parent| !history.0.contains_key(parent))
+        };
+        edit.record.shallow = reached.iter().filter(cut).copied().collect();
+        let moves = left.moves.into_values().chain(edit.moves);
+        let whole = Whole {
+            record: edit.record,
+            commits: reached.iter().map(|id| (*id, history.0[id].encode())).collect(),
+            states: left.states,
+            moves: moves.map(|entry| (entry.number, entry.encode())).collect(),
+        };
         report.memories += 1;
         report.commits += whole.commits.len() as u64;
         into.plant(&name, &whole, "repair")
     }
+
+    /// Every commit that is whole, with its state, and every move that can be read.
+    fn gather_whole(&self, opened: &Opened, losses: &mut Losses<'_>) -> Result<Left, Error> {
+        let mut left = Left::default();
+        for kind in Kind::ALL {
+            let listed = self.each_value(opened.group, kind, |key, value| {
+                let opening = match kind {
+                    Kind::Commit => self.open_commit(opened, key, &value).map(|commit| {
+                        left.readable.0.insert(commit.id, commit);
+                    }),
+                    Kind::State => self
+                        .look_at_state(opened, key, &value, true)
+                        .and_then(|(id, _, _)| {
+                            left.states.insert(id, self.open_value(opened, key, &value)?);
+                            Ok(())
+                        }),
+                    Kind::Log => self.open_value(opened, key, &value).map(|bytes| {
+                        if let Ok(entry) = Move::decode(&bytes) {
+                            left.moves.insert(entry.number, entry);
+                        }
+                    }),
+                };
+                losses.or_pass_on(opening)
+            });
+            losses.or_pass_on(listed)?;
+        }
+        for commit in left.readable.0.values() {
+            if left.states.contains_key(&commit.state) {
+                left.history.0.insert(commit.id, commit.clone());
+            } else {
+                let what = format!("its state {} is lost", commit.state);
+                losses.note(format!("commit {}", commit.id), what);
+            }
+        }
+        Ok(left)
+    }
+}
+
+/// What is left of a damaged memory.
+#[derive(Default)]
+struct Left {
+    /// Whole commits.
+    history: History,
+    /// Commits that can be read, though their state may be lost.
+    readable: History,
+    states: BTreeMap<StateId, Vec<u8>>,
+    moves: BTreeMap<u64, Move>,
+}
+
+/// What is lost of one memory.
+struct Losses<'a> {
+    memory: String,
+    found: &'a mut Vec<Damage>,
+}
+
+impl Losses<'_> {
+    fn note(&mut self, place: impl Into<String>, what: impl Into<String>) {
+        self.found.push(Damage {
+            memory: Some(self.memory.clone()),
+            place: place.into(),
+            what: what.into(),
+        });
+    }
+
+    /// Damage is noted, another error passed on.
+    fn or_pass_on(&mut self, result: Result<(), Error>) -> Result<(), Error> {
+        match result {
+            Err(Error::Damaged { place, what }) => {
+                self.note(place, what);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+}
+
+/// Points each ref at its commit, or the nearest whole one; without any, a branch at each newest commit. Whether there is a branch.
+fn restore_refs(edit: &mut Edit, was: &Record, left: &Left, losses: &mut Losses<'_>) -> bool {
+    let history = &left.history;
+    edit.record.refs.clear();
+    let after = left.moves.keys().last().map_or(0, |last| last + 1);
+    edit.record.moves = edit.record.moves.max(after);
+    for ((kind, name), entry) in &was.refs {
+        let object = format!("the {} {name:?}", kind.word());
+        let Some(commit) = nearest_whole(left, entry.target, entry.log) else {
+            losses.note(object, "no commit of it is whole");
+            continue;
+        };
+        if commit.id != entry.target {
+            let what = format!("commit {} is lost, it goes back to {}", entry.target, commit.id);
+            losses.note(object, what);
+        }
+        edit.move_ref(*kind, name, Some(Target::from(commit)), "repair");
+    }
+    if edit.record.refs.is_empty() {
+        let parents: HashSet<&CommitId> = history.0.values().flat_map(|commit| &commit.parents).collect();
+        let tips = history.0.values().filter(|commit| !parents.contains(&commit.id));
+        let mut tips: Vec<&Commit> = tips.collect();
+        tips.sort_unstable_by_key(|commit| {
+            (std::cmp::Reverse((commit.generation, commit.time_ms)), commit.id)
+        });
+        for commit in tips.into_iter().take(MAX_REFS) {
+            let recovered = format!("recovered-{}", &commit.id.to_string()[..12]);
+            edit.move_ref(RefKind::Branch, &recovered, Some(Target::from(commit)), "repair");
+        }
+    }
+    if edit.record.branch(&edit.record.head).is_some() {
+        return true;
+    }
+    let branch = edit.record.refs.keys().find(|(kind, _)| *kind == RefKind::Branch);
+    let Some((_, branch)) = branch.cloned() else {
+        return false;
+    };
+    edit.record.head = branch;
+    true
 }
 
 /// The commit that a ref named, or the nearest before it that is whole: along readable parents first, then along the reflog.
-fn nearest_whole<'a>(
-    whole: &'a History,
-    readable: &History,
-    moves: &BTreeMap<u64, Move>,
-    target: CommitId,
-    log: u64,
-) -> Option<&'a Commit> {
+fn nearest_whole(left: &Left, target: CommitId, log: u64) -> Option<&Commit> {
     let mut next = Some(log);
     let mut start = Some(target);
     while let Some(id) = start {
-        if let Some(found) = readable
-            .log(&[id], usize::MAX)
-            .into_iter()
-            .find_map(|commit| whole.0.get(&commit.id))
-        {
+        let log = left.readable.log(&[id], usize::MAX);
+        if let Some(found) = log.into_iter().find_map(|commit| left.history.0.get(&commit.id)) {
             return Some(found);
         }
-        let last = next.and_then(|number| moves.get(&number));
+        let last = next.and_then(|number| left.moves.get(&number));
         start = last.and_then(|last| last.old);
         next = last.and_then(|last| last.previous);
     }

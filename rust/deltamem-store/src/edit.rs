@@ -339,7 +339,7 @@ impl Store {
             commit: commit.id,
             found: commit.fingerprint,
             expected: model.fingerprint,
-            differs,
+            differs: differs.into(),
         })
     }
 
@@ -485,7 +485,7 @@ impl Store {
         expected: Option<CommitId>,
     ) -> Result<Commit, Error> {
         self.changing_existing(name, |opened| {
-            self.expect_head(opened, branch, expected)?;
+            Self::expect_head(opened, branch, expected)?;
             let commit = self.resolve_in(opened, to, Some(branch))?;
             let mut edit = Edit::of(opened, self.now());
             edit.move_ref(RefKind::Branch, branch, Some(Target::from(&commit)), "rollback");
@@ -505,7 +505,7 @@ impl Store {
         to: CommitId,
     ) -> Result<Commit, Error> {
         self.changing_existing(name, |opened| {
-            self.expect_head(opened, branch, Some(expected))?;
+            Self::expect_head(opened, branch, Some(expected))?;
             let commit = self.resolve_in(opened, &to.to_string(), Some(branch))?;
             if self.history(opened)?.relation(expected, to) != Relation::Behind {
                 return Err(Error::Ref {
@@ -520,7 +520,7 @@ impl Store {
         })
     }
 
-    fn expect_head(&self, opened: &Opened, branch: &str, expected: Option<CommitId>) -> Result<(), Error> {
+    fn expect_head(opened: &Opened, branch: &str, expected: Option<CommitId>) -> Result<(), Error> {
         let found = opened.record.branch(branch).map(|entry| entry.target);
         match (found, expected) {
             (None, None) => Err(no_ref(&opened.record.name, RefKind::Branch, branch)),

@@ -61,7 +61,7 @@ pub enum Error {
         /// The model's fingerprint.
         expected: Fingerprint,
         /// Which of `backbone`, `adapter`, `tokenizer`, `config` differ; empty when that is not known.
-        differs: Vec<&'static str>,
+        differs: Box<[&'static str]>,
     },
     /// A name that no memory, branch or tag may have, or a text over its limit.
     #[error("the {what} {found:?} {problem}; expected {expected}")]

@@ -195,7 +195,8 @@ mod tests {
             for i in 0..n {
                 reach[i][i] = true;
                 for p in &parents[i] {
-                    for j in 0..n { let through = reach[*p][j]; reach[i][j] |= through; }
+                    let through = reach[*p].clone();
+                    for (there, more) in reach[i].iter_mut().zip(through) { *there |= more; }
                 }
             }
             let (a, b) = (a.index(n), b.index(n));

@@ -361,7 +361,7 @@ impl Store {
                 return Ok(result);
             }
             let replaces = found.is_some() && alive.is_none();
-            let (batch, opened) = self.batch(edit, found.as_deref(), replaces)?;
+            let (batch, opened) = Self::batch(edit, found.as_deref(), replaces)?;
             match self.backend.apply(batch) {
                 Ok(Applied::Done) => {
                     match opened {
@@ -387,12 +387,7 @@ impl Store {
         })
     }
 
-    fn batch(
-        &self,
-        mut edit: Edit,
-        found: Option<&Opened>,
-        clear: bool,
-    ) -> Result<(Batch, Option<Opened>), Error> {
+    fn batch(mut edit: Edit, found: Option<&Opened>, clear: bool) -> Result<(Batch, Option<Opened>), Error> {
         let expected = found.map(|opened| opened.raw.clone());
         if edit.remove {
             let batch = Batch {

@@ -11,6 +11,7 @@
 //!
 //! It is not encrypted, whatever the store is.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
 use std::path::Path;
@@ -110,9 +111,8 @@ impl Store {
         for id in history.ancestors(named.chain(passed)) {
             let commit = &history.0[&id];
             whole.commits.insert(id, commit.encode());
-            if !whole.states.contains_key(&commit.state) {
-                let bytes = self.state_of(opened, commit.state)?;
-                whole.states.insert(commit.state, bytes);
+            if let Entry::Vacant(free) = whole.states.entry(commit.state) {
+                free.insert(self.state_of(opened, commit.state)?);
             }
         }
         Ok(whole)
@@ -147,23 +147,22 @@ impl Store {
             }
             edit.record.usage.commits = whole.commits.len() as u64;
             edit.record.usage.bytes = bytes;
-            self.note_origin(&mut edit, why);
+            note_origin(&mut edit, why);
             Ok((edit, ()))
         })
     }
+}
 
-    /// Writes down where the branch in use came from: a move that goes nowhere.
-    #[allow(clippy::unused_self)] // one of the planning steps beside it
-    fn note_origin(&self, edit: &mut Edit, why: &str) {
-        let head = edit.record.head.clone();
-        if let Some(entry) = edit.record.branch(&head).copied() {
-            let to = Target {
-                id: entry.target,
-                state: entry.state,
-                generation: entry.generation,
-            };
-            edit.move_ref(RefKind::Branch, &head, Some(to), why);
-        }
+/// Writes down where the branch in use came from: a move that goes nowhere.
+fn note_origin(edit: &mut Edit, why: &str) {
+    let head = edit.record.head.clone();
+    if let Some(entry) = edit.record.branch(&head).copied() {
+        let to = Target {
+            id: entry.target,
+            state: entry.state,
+            generation: entry.generation,
+        };
+        edit.move_ref(RefKind::Branch, &head, Some(to), why);
     }
 }
 

@@ -1,7 +1,12 @@
 //! Files that were cut, changed or are not ours: an error that says what and where, never a panic, never a false memory; and what is
 //! whole can be saved.
 
-#![allow(clippy::unwrap_used)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation
+)]
 
 mod suite;
 

@@ -1,7 +1,12 @@
 //! What holds for the one file of an embedded store: who may open it, what deletion leaves in it, what a key hides, and that many
 //! sessions share an fsync.
 
-#![allow(clippy::unwrap_used)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation
+)]
 
 mod suite;
 
@@ -161,8 +166,10 @@ fn a_key_hides_names_words_and_numbers() {
     }
 }
 
+type Values = Vec<(Key, Vec<u8>)>;
+
 /// Every value of the only memory, as the backend has it.
-fn sealed_values(store: &Store) -> (Group, Vec<u8>, Vec<(Key, Vec<u8>)>) {
+fn sealed_values(store: &Store) -> (Group, Vec<u8>, Values) {
     let (group, head) = store.backend().groups(None, 10).unwrap().items.remove(0);
     let values = Kind::ALL
         .iter()

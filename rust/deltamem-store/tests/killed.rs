@@ -2,7 +2,12 @@
 //! the store opens at once and is clean. The child is this test's own binary, run again.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation
+)]
 
 mod suite;
 

@@ -1,6 +1,11 @@
 //! Random work on stores of every kind, held step by step against a plain one in memory.
 
-#![allow(clippy::unwrap_used)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation
+)]
 
 mod suite;
 
@@ -20,7 +25,7 @@ fn redb(disk: &Disk, options: Options) -> Store {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Encrypted or not, in memory or in redb, closed and opened again or not: the same work gives the same answers, the same commits
     /// and the same history, and every store stays clean.

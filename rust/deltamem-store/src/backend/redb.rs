@@ -22,6 +22,7 @@ use super::memory::last;
 use super::{Applied, Backend, Batch, Compacted, Cursor, Group, HeadChange, Key, Kind, Page, Read};
 use crate::error::Error;
 
+mod carve;
 mod media;
 mod overlay;
 mod salvage;
@@ -52,6 +53,9 @@ pub struct RedbOptions {
     /// Whether other processes may read the file while one writes. A commit takes two fsyncs then, where it takes one; every process
     /// must open the file the same way.
     pub shared: bool,
+    /// After a kill, a file up to this length is read whole when it is opened, about a second a GB. For a longer one each commit takes
+    /// a second fsync, and writes down which pages are free, so that it opens at once whatever happened.
+    pub read_whole: u64,
 }
 
 impl Default for RedbOptions {
@@ -59,6 +63,7 @@ impl Default for RedbOptions {
         Self {
             cache_bytes: 64 << 20,
             shared: false,
+            read_whole: 64 << 20,
         }
     }
 }
@@ -743,6 +748,11 @@ impl Writer {
             begun
                 .set_durability(Durability::Immediate)
                 .map_err(|error| wrong(place, "beginning to write", error))?;
+            let length = shared
+                .media
+                .size()
+                .map_err(|source| failed(place, "asking for its length", source))?;
+            begun.set_quick_repair(length > shared.options.read_whole);
             let answers = batches
                 .iter()
                 .map(|batch| make(place, &begun, batch))

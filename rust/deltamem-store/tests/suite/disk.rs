@@ -1,7 +1,7 @@
 //! A disk in memory that fails where it is told to: the n-th write or sync fails, it is full, or the power goes and what was not synced
 //! is there in part, sector by sector.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ struct File {
     live: Vec<u8>,
     durable: Vec<u8>,
     /// Sectors written since the last sync, and whether the length changed.
-    dirty: BTreeMap<usize, ()>,
+    dirty: BTreeSet<usize>,
 }
 
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl Disk {
         let file = File {
             live: bytes.clone(),
             durable: bytes,
-            dirty: BTreeMap::new(),
+            dirty: BTreeSet::new(),
         };
         Self(Arc::new(Mutex::new(State {
             files: vec![file],
@@ -124,7 +124,7 @@ impl Disk {
         if file.live.len() != image.len() && survives() {
             image.resize(file.live.len(), 0);
         }
-        for sector in file.dirty.keys() {
+        for sector in &file.dirty {
             let start = sector * SECTOR;
             let end = (start + SECTOR).min(image.len()).min(file.live.len());
             if start < end && survives() {
@@ -231,7 +231,7 @@ impl StorageBackend for Handle {
         }
         file.live[start..end].copy_from_slice(data);
         for sector in start / SECTOR..end.div_ceil(SECTOR) {
-            file.dirty.insert(sector, ());
+            file.dirty.insert(sector);
         }
         Ok(())
     }

@@ -152,7 +152,7 @@ pub fn a_commit_comes_back_as_it_was_made(open: Open) {
         let other = model(|parts| (parts.adapter, parts.tokenizer) = (Fingerprint([0; 32]), None));
         let error = store.checkout_for("Zoë/日本", "HEAD", &other).unwrap_err();
         assert!(
-            matches!(&error, Error::Fingerprint { differs, .. } if *differs == ["adapter", "tokenizer"]),
+            matches!(&error, Error::Fingerprint { differs, .. } if differs[..] == ["adapter", "tokenizer"]),
             "{error}"
         );
         let same = Model {

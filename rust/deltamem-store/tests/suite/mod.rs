@@ -1,6 +1,7 @@
 //! What every backend must do, as one suite. `backends!` makes a module of tests out of a function that opens an empty backend.
 
 #![allow(dead_code)] // each test file uses the part that it needs
+#![allow(clippy::panic, clippy::expect_used, clippy::cast_possible_truncation)]
 
 pub mod disk;
 pub mod memories;

@@ -269,7 +269,7 @@ pub struct Seen {
     limits: Limits,
     expires_ms: Option<u64>,
     log: Vec<(Commit, blake3::Hash)>,
-    moves: Vec<(u64, String, Option<CommitId>, Option<CommitId>, String)>,
+    moves: Vec<deltamem_store::Move>,
 }
 
 /// Everything that a store shows.
@@ -300,10 +300,7 @@ pub fn look(store: &Store) -> BTreeMap<String, Seen> {
                 limits: info.limits,
                 expires_ms: info.expires_ms,
                 log,
-                moves: moves
-                    .into_iter()
-                    .map(|entry| (entry.number, entry.name, entry.old, entry.new, entry.why))
-                    .collect(),
+                moves,
             };
             (name, seen)
         })

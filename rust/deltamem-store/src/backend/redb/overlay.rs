@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use redb::StorageBackend;
 
 const PAGE: u64 = 4096;
+const PAGE_BYTES: usize = 4096;
 
 #[derive(Debug)]
 struct Content {
@@ -53,7 +54,7 @@ impl Overlay {
         if let Some(page) = content.pages.get(&number) {
             return Ok(page.clone());
         }
-        let mut page = vec![0; PAGE as usize].into_boxed_slice();
+        let mut page = vec![0; PAGE_BYTES].into_boxed_slice();
         let start = number * PAGE;
         let end = self.file.len()?.min(start + PAGE);
         if start < end {
@@ -74,7 +75,7 @@ impl Overlay {
         while done < length {
             let at = offset + done as u64;
             let inside = usize::try_from(at % PAGE).map_err(io::Error::other)?;
-            let count = (PAGE as usize - inside).min(length - done);
+            let count = (PAGE_BYTES - inside).min(length - done);
             work(at / PAGE, inside..inside + count, done..done + count)?;
             done += count;
         }
@@ -111,7 +112,7 @@ impl StorageBackend for Overlay {
             for number in last..=content.length / PAGE {
                 content
                     .pages
-                    .insert(number, vec![0; PAGE as usize].into_boxed_slice());
+                    .insert(number, vec![0; PAGE_BYTES].into_boxed_slice());
             }
             content.pages.insert(last, page);
         }

@@ -1,7 +1,7 @@
 //! What can still be read of a damaged file: opened over an overlay, so that it stays as it is, with whatever redb accepts of it, and
-//! read from both ends of each range up to the damage. For [`Store::repair`](crate::Store::repair) only.
+//! read from both ends of each range up to the damage; where the tree itself is damaged, the rest is searched for page by page. For [`Store::repair`](crate::Store::repair) only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use redb::backends::FileBackend;
 use redb::{Builder, Database, ReadOnlyDatabase, ReadTransaction, ReadableDatabase, StorageBackend};
 
+use super::carve::{self, Carved};
 use super::overlay::Overlay;
 use super::{HEADS, guarded, key_of, object_key, table, table_of, wrong};
 use crate::backend::{Applied, Backend, Batch, Compacted, Cursor, Group, Key, Kind, Page, Read};
@@ -23,6 +24,8 @@ const GOD_BYTE: u64 = 9;
 enum Opened {
     Whole(Database),
     Parts(ReadOnlyDatabase),
+    /// Nothing of the tree can be read.
+    Nothing,
 }
 
 type Findings = Arc<Mutex<BTreeMap<String, String>>>;
@@ -31,7 +34,10 @@ type Findings = Arc<Mutex<BTreeMap<String, String>>>;
 pub struct SalvageBackend {
     place: String,
     database: Opened,
-    heads: BTreeMap<Group, Vec<u8>>,
+    /// A group may have several: what was searched for may be older.
+    heads: BTreeMap<Group, Vec<Vec<u8>>>,
+    /// What was searched for, and where it is read; `None` where the tree is whole.
+    carved: Option<(Carved, Overlay)>,
     findings: Findings,
     /// Keeps writers away.
     _lock: FileBackend,
@@ -49,8 +55,7 @@ impl SalvageBackend {
     /// Opens the file at `path` without changing it, as much of it as can be read.
     ///
     /// # Errors
-    /// [`Error::Locked`] when a process has it open; [`Error::NotAStore`] when it is no redb database; [`Error::Damaged`] when
-    /// neither of its two last transactions can be read.
+    /// [`Error::Locked`] when a process has it open; [`Error::NotAStore`] when it is no redb database.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let place = place_of(path);
         let fail = |error| Error::file(path, "opening it", error);
@@ -73,17 +78,52 @@ impl SalvageBackend {
             place,
             database,
             heads: BTreeMap::new(),
+            carved: None,
             findings,
             _lock: lock,
         };
-        found.heads = found.all_heads()?;
+        let heads = found.all_heads()?;
+        found.heads = heads
+            .into_iter()
+            .map(|(group, head)| (group, vec![head]))
+            .collect();
+        if !matches!(found.database, Opened::Whole(_)) || !found.findings.lock().is_empty() {
+            found.search(overlay).map_err(fail)?;
+        }
         Ok(found)
+    }
+
+    /// Adds the heads that no tree leads to.
+    fn search(&mut self, file: Overlay) -> std::io::Result<()> {
+        let carved = Carved::search(&file)?;
+        for (group, places) in &carved.heads {
+            if self.heads.contains_key(group) {
+                continue;
+            }
+            if *group != Group::STORE {
+                let what =
+                    "it was found by searching the file: it may have been deleted, or be older than it was"
+                        .to_owned();
+                self.findings
+                    .lock()
+                    .insert(format!("group {} of {}", group.to_hex(), self.place), what);
+            }
+            let heads = places.iter().map(|place| carve::bytes(&file, *place));
+            self.heads.insert(*group, heads.collect::<std::io::Result<_>>()?);
+        }
+        self.carved = Some((carved, file));
+        Ok(())
     }
 
     fn note(&self, place: String, error: Error) -> Result<(), Error> {
         match error {
             Error::Damaged { what, .. } => {
                 self.findings.lock().insert(place, what);
+                Ok(())
+            }
+            // The file cannot be read there, or redb gave up on it; the search goes on elsewhere.
+            Error::Io { .. } | Error::Unavailable { .. } | Error::NotAStore { .. } => {
+                self.findings.lock().insert(place, error.to_string());
                 Ok(())
             }
             other => Err(other),
@@ -95,6 +135,7 @@ impl SalvageBackend {
             let begun = match &self.database {
                 Opened::Whole(database) => database.begin_read(),
                 Opened::Parts(database) => database.begin_read(),
+                Opened::Nothing => return Err(Error::damaged(&*self.place, "its tree cannot be read")),
             };
             begun.map_err(|error| wrong(&self.place, "reading", error))
         })
@@ -158,12 +199,12 @@ fn open_any(place: &str, overlay: &Overlay, findings: &Findings) -> Result<Opene
             .create_with_backend(again()?)
             .map_err(|error| wrong(place, "opening it", error))
     });
-    let first = match whole {
+    let damage = match whole {
         Ok(database) => return Ok(Opened::Whole(database)),
-        Err(error @ Error::Damaged { .. }) => error,
+        Err(Error::Damaged { what, .. }) => what,
         Err(other) => return Err(other),
     };
-    findings.lock().insert(place.to_owned(), first.to_string());
+    findings.lock().insert(place.to_owned(), damage);
     let god = header[usize::try_from(GOD_BYTE).unwrap_or_default()] & !0b1010;
     for newest in [god, god ^ 1] {
         let opened = guarded(place, || {
@@ -189,7 +230,7 @@ fn open_any(place: &str, overlay: &Overlay, findings: &Findings) -> Result<Opene
             Err(other) => return Err(other),
         }
     }
-    Err(first)
+    Ok(Opened::Nothing)
 }
 
 /// The length that the header's layout asks for; 0 when that makes no sense.
@@ -218,7 +259,8 @@ fn layout(header: &[u8; 64]) -> u64 {
     }
 }
 
-/// An overlay whose locks are always free: the file itself is locked already.
+/// An overlay whose locks are always free, since the file itself is locked already, and with zeros behind its end: redb refuses all
+/// further reads after one that failed, and a page of zeros is one damaged page.
 #[derive(Debug)]
 struct Lockless(Overlay);
 
@@ -228,7 +270,13 @@ impl StorageBackend for Lockless {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
-        self.0.read(offset, out)
+        match self.0.read(offset, out) {
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                out.fill(0);
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     fn set_len(&self, len: u64) -> std::io::Result<()> {
@@ -309,7 +357,7 @@ impl Backend for SalvageBackend {
             })
             .collect::<Result<_, _>>()?;
         Ok(Read {
-            head: self.heads.get(&group).cloned(),
+            head: self.heads.get(&group).and_then(|heads| heads.first().cloned()),
             values,
         })
     }
@@ -320,7 +368,7 @@ impl Backend for SalvageBackend {
         })
     }
 
-    /// Everything that can be read, in one page.
+    /// Everything that can be read, in one page; a key once for each value that was found for it.
     fn list(
         &self,
         group: Group,
@@ -328,7 +376,19 @@ impl Backend for SalvageBackend {
         _: Option<&Cursor>,
         _: usize,
     ) -> Result<Page<(Key, Vec<u8>)>, Error> {
-        let mut items = BTreeMap::new();
+        let mut items = BTreeSet::new();
+        // The search found every leaf that there is, those of a readable tree too.
+        if let Some((carved, file)) = &self.carved {
+            for (key, place) in carved.of(group, kind) {
+                let value = carve::bytes(file, place)
+                    .map_err(|error| wrong(&self.place, "reading", redb::Error::Io(error)))?;
+                items.insert((key, value));
+            }
+            return Ok(Page {
+                items: items.into_iter().collect(),
+                next: None,
+            });
+        }
         for backwards in [false, true] {
             let mut read = || {
                 guarded(&self.place, || {
@@ -346,7 +406,7 @@ impl Backend for SalvageBackend {
                         range.next()
                     } {
                         let (key, value) = entry.map_err(reading)?;
-                        items.insert(key_of(key.value(), kind), value.value().to_vec());
+                        items.insert((key_of(key.value(), kind), value.value().to_vec()));
                     }
                     Ok(())
                 })
@@ -366,8 +426,9 @@ impl Backend for SalvageBackend {
 
     fn groups(&self, _: Option<&Cursor>, _: usize) -> Result<Page<(Group, Vec<u8>)>, Error> {
         let groups = self.heads.iter().filter(|(group, _)| **group != Group::STORE);
+        let each = groups.flat_map(|(group, heads)| heads.iter().map(|head| (*group, head.clone())));
         Ok(Page {
-            items: groups.map(|(group, head)| (*group, head.clone())).collect(),
+            items: each.collect(),
             next: None,
         })
     }

@@ -13,11 +13,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use deltamem_store::Error;
 use deltamem_store::backend::redis::RedisBackend;
 use deltamem_store::backend::{Applied, Backend, Batch, Group, HeadChange, Key, Kind};
+use deltamem_store::{Error, Options, Store};
 
 use server::{Relay, Server, Way};
+use suite::memories::{Hands, sealed};
+use suite::workload::{self, Dice};
 use suite::{everything, group, key, moving};
 
 /// Starts a server, or ends the test where there is none.
@@ -286,6 +288,35 @@ fn a_change_and_a_read_are_one_command_each_and_nothing_asks_for_all_keys() {
     backend.size().unwrap();
     let now = calls();
     assert!(now.contains_key("scan") && !now.contains_key("keys"), "{now:?}");
+}
+
+/// The same random work as on a plain store in memory gives the same answers and the same memories, over kills of the server.
+#[test]
+fn random_work_on_a_server_that_is_killed_now_and_then_is_as_in_memory() {
+    for seed in 0..6 {
+        let mut server = server!("--appendonly", "yes", "--appendfsync", "always");
+        let hands = Hands::at(1_000);
+        let plain = workload::model(&hands);
+        let options = Options {
+            key: sealed().key,
+            ..hands.options()
+        };
+        let store = Store::open(Arc::new(open(&server.address())), options).unwrap();
+        let mut dice = Dice(seed);
+        for step in 0..60 {
+            hands.pass(1 + dice.roll(3));
+            let work = workload::work(&mut dice);
+            let expected = workload::perform(&plain, &work).map_err(|error| error.to_string());
+            let found = workload::perform(&store, &work).map_err(|error| error.to_string());
+            assert_eq!(found, expected, "seed {seed}, step {step}: {work:?}");
+            if step % 16 == 5 {
+                server.kill();
+                server.restart();
+            }
+        }
+        assert_eq!(workload::look(&store), workload::look(&plain));
+        assert_eq!(store.verify().unwrap().damages, []);
+    }
 }
 
 #[test]

@@ -651,7 +651,12 @@ impl Backend for RedisBackend {
                     }
                     let mut rewrite = Cmd::new();
                     rewrite.arg("BGREWRITEAOF");
-                    asked = !matches!(self.ask(rewrite)?, Value::ServerError(error) if error.details().is_some_and(|text| text.contains("in progress")));
+                    asked = match self.ask(rewrite)? {
+                        Value::ServerError(error) => {
+                            !error.details().is_some_and(|text| text.contains("in progress"))
+                        }
+                        _ => true,
+                    };
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }

@@ -14,6 +14,9 @@ const LEAF: u8 = 1;
 /// The width of a key in the table of heads, and in the others.
 const HEAD: usize = 32;
 const OBJECT: usize = 65;
+/// The modes of a seal, and the fewest bytes that one takes.
+const MODES: [u8; 2] = [1, 2];
+const SEAL: usize = 16;
 /// The longest value of a leaf that is looked at: a state of the largest memory.
 const MAX_LEAF: usize = (1 << 30) + (1 << 20);
 
@@ -44,6 +47,7 @@ impl Carved {
     }
 
     /// The entries of a page, if it reads as a leaf with keys of this width. Only its beginning is at hand: values may reach beyond.
+    /// Whether they are ours is seen by the first byte of each value, a seal's mode, and for sure when the store opens it.
     fn leaf(&mut self, page: &[u8], start: u64, length: u64, width: usize) -> Option<()> {
         let count = usize::from(u16::from_le_bytes([*page.get(2)?, *page.get(3)?]));
         let keys = 4 + 4 * count;
@@ -66,6 +70,10 @@ impl Carved {
             return None;
         }
         for (key, (at, size)) in keys.into_iter().zip(values) {
+            let inside = usize::try_from(at - start).ok().and_then(|first| page.get(first));
+            if size <= SEAL || inside.is_some_and(|mode| !MODES.contains(mode) && key[..32] != [0; 32]) {
+                continue;
+            }
             // What was cut off is lost; the entries before it are not.
             if at + size as u64 > length {
                 break;

@@ -151,6 +151,11 @@ impl Session {
         self.turns
     }
 
+    /// Whether the next token that is read begins a turn.
+    pub fn at_start(&self) -> bool {
+        self.position() == 0 || self.ends_turn
+    }
+
     /// Tokens in the present turn.
     pub fn position(&self) -> usize {
         self.cache.as_ref().map_or(0, TurnCache::len)
@@ -264,9 +269,17 @@ impl Session {
         self.sampler.reseed(seed);
     }
 
+    /// Whether a sampled token is not read yet, or a chat's turn waits for its end: [`Session::settle`] would move the session.
+    pub fn unsettled(&self) -> bool {
+        self.pending.is_some() || self.ends_turn
+    }
+
     /// Brings what an unfinished generation left into order: its last token is read, and if it was a chat's reply the turn ends.
     /// Every call that moves the session begins here; older generations are over from here on.
-    pub(crate) fn settle(&mut self, interrupt: Interrupt<'_>) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn settle(&mut self, interrupt: Interrupt<'_>) -> Result<()> {
         self.epoch += 1;
         self.read_pending(None, interrupt)?;
         if self.ends_turn {

@@ -3,7 +3,7 @@
 use parking_lot::{Mutex, MutexGuard};
 use pyo3::prelude::*;
 
-use crate::errors::{detached, named};
+use crate::errors::named;
 use crate::session::Session;
 
 /// A reply in the making: an iterator of pieces of text, also an asynchronous one (``async for``).
@@ -35,9 +35,10 @@ impl Generation {
 
     fn advance(&self, py: Python<'_>) -> PyResult<Option<String>> {
         let mut guard = self.take()?;
-        let mut open = self.session.get().open()?;
-        let (generation, session) = (&mut *guard, open.get()?);
-        detached(py, |interrupt| generation.next(session, interrupt))
+        let generation = &mut *guard;
+        self.session
+            .get()
+            .ending(py, |session, interrupt| generation.next(session, interrupt))
     }
 }
 
@@ -72,13 +73,13 @@ impl Generation {
     /// End the reply here. What was given out is in the memory; a chat's turn ends. Closing twice does nothing.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let mut guard = self.take()?;
-        let mut open = self.session.get().open()?;
-        let generation = &mut *guard;
-        match open.get() {
-            Ok(session) => detached(py, |interrupt| generation.close(session, interrupt)),
-            // A closed session has nothing left to bring into order.
-            Err(_) => Ok(()),
+        let session = self.session.get();
+        // A closed session has nothing left to bring into order.
+        if session.is_closed()? {
+            return Ok(());
         }
+        let generation = &mut *guard;
+        session.ending(py, |session, interrupt| generation.close(session, interrupt))
     }
 
     fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

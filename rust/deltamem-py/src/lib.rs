@@ -12,10 +12,14 @@
 mod errors;
 mod generation;
 mod geometry;
+mod history;
+mod keeping;
 mod model;
 mod proof;
+mod records;
 mod session;
 mod snapshot;
+mod store;
 mod tokens;
 
 use pyo3::prelude::*;
@@ -80,6 +84,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<generation::Generation>()?;
     module.add_class::<generation::GenerationStats>()?;
     module.add_class::<snapshot::Snapshot>()?;
+    module.add_class::<store::Store>()?;
     module.add_function(wrap_pyfunction!(doctor, module)?)?;
     module.add_function(wrap_pyfunction!(proof::scan, module)?)?;
     Ok(())

@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use deltamem_engine::bundle::Verify;
 use deltamem_engine::{Device, LoadOptions, Runtime};
+use deltamem_store::Parts;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::errors::{named, to_python};
+use crate::errors::{named, store_to_python, to_python};
 use crate::geometry::Geometry;
+use crate::keeping::Kept;
 use crate::session::Session;
+use crate::store::Store;
 
 /// A loaded bundle: a frozen language model with its δ-mem networks. Shared by any number of sessions and threads.
 ///
@@ -109,10 +112,62 @@ impl Model {
     /// Parameters
     /// ----------
     /// name : str, optional
-    ///     A name for logs and errors.
-    #[pyo3(signature = (name=None))]
-    fn session(&self, name: Option<String>) -> Session {
-        Session::new(Arc::clone(&self.inner), name)
+    ///     A name for logs and errors; with a store, the memory's name there.
+    /// store : Store, optional
+    ///     Where the memory is kept. The session starts with the state of ``branch``, or empty if there is no such memory yet.
+    /// branch : str
+    ///     The branch to start from and to commit on.
+    /// autocommit : bool
+    ///     Commit at every end of a turn, with ``meta={"turn": n}``: at ``end_turn()``, at the end of a chat's reply, at the session's next
+    ///     call after a reply that was broken off, and at ``close()``. If that commit fails its error is raised there; the session keeps
+    ///     the turn and the next commit holds it.
+    ///
+    /// Raises
+    /// ------
+    /// FingerprintError
+    ///     The memory was written under another model; ``differs`` says which of backbone, adapter, tokenizer, config.
+    /// NotFoundError
+    ///     The memory has no such branch.
+    /// ValueError
+    ///     A store without a name, ``autocommit`` without a store.
+    #[pyo3(signature = (name=None, *, store=None, branch="main", autocommit=false))]
+    fn session(
+        &self,
+        py: Python<'_>,
+        name: Option<String>,
+        store: Option<PyRef<'_, Store>>,
+        branch: &str,
+        autocommit: bool,
+    ) -> PyResult<Session> {
+        let Some(store) = store else {
+            if autocommit {
+                return Err(PyValueError::new_err(
+                    "autocommit=True without a store; pass store=deltamem_rt.Store(path)",
+                ));
+            }
+            return Session::new(Arc::clone(&self.inner), name, None);
+        };
+        let Some(name) = name else {
+            return Err(PyValueError::new_err(
+                "a session with a store needs a name: the memory's, such as the user's id",
+            ));
+        };
+        let made_of = &self.inner.manifest().fingerprint_parts;
+        let parts = Parts {
+            backbone: made_of.backbone,
+            adapter: made_of.adapter,
+            config: made_of.config,
+            tokenizer: made_of.tokenizer,
+        };
+        let model = deltamem_store::Model {
+            fingerprint: self.inner.fingerprint(),
+            parts: Some(parts),
+        };
+        let (kept, memory) = (Arc::clone(&store.inner), name.clone());
+        let kept = py
+            .detach(|| Kept::open(kept, memory, branch.to_owned(), autocommit, parts, model))
+            .map_err(store_to_python)?;
+        Session::new(Arc::clone(&self.inner), Some(name), Some(kept))
     }
 
     /// Which memories this model may load: 64 hexadecimal digits over backbone, adapter, configuration and tokenizer.

@@ -2,19 +2,25 @@
 
 use std::sync::Arc;
 
+use deltamem_core::edits::blame::Attribution;
 use deltamem_engine::sampling::SamplingOptions;
 use deltamem_engine::text::Message;
 use deltamem_engine::{FeedOptions, GenerationOptions, Spans};
+use deltamem_store::Commit;
 use numpy::{PyArray1, PyArray2, PyArray4, PyArrayMethods};
 use parking_lot::{Mutex, MutexGuard};
-use pyo3::exceptions::{PyMemoryError, PyTypeError};
+use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-use crate::errors::{detached, named, to_python};
+use crate::errors::{detached, named, problem_to_python, store_to_python, to_python};
 use crate::generation::Generation;
 use crate::geometry::Geometry;
+use crate::history::{self, Uncommitted};
+use crate::keeping::Kept;
+use crate::records;
 use crate::snapshot::{Snapshot, view};
+use crate::store::{meta_text, warn_of};
 use crate::tokens::{spans_of_text, tokens};
 
 /// One user's memory over a shared model, and the turn that is going on.
@@ -34,15 +40,26 @@ use crate::tokens::{spans_of_text, tokens};
 pub(crate) struct Session {
     name: Option<String>,
     model: Arc<deltamem_engine::Model>,
-    inner: Mutex<Option<deltamem_engine::Session>>,
+    inner: Mutex<Option<Slot>>,
+}
+
+/// What an open session holds.
+pub(crate) struct Slot {
+    engine: deltamem_engine::Session,
+    /// Its place in a store, if it has one.
+    kept: Option<Kept>,
 }
 
 /// Exclusive use of an open session.
-pub(crate) struct Open<'a>(MutexGuard<'a, Option<deltamem_engine::Session>>, &'a Session);
+pub(crate) struct Open<'a>(MutexGuard<'a, Option<Slot>>, &'a Session);
 
 impl Open<'_> {
     /// The engine's session.
     pub(crate) fn get(&mut self) -> PyResult<&mut deltamem_engine::Session> {
+        self.slot().map(|slot| &mut slot.engine)
+    }
+
+    fn slot(&mut self) -> PyResult<&mut Slot> {
         let label = self.1.label();
         self.0.as_mut().ok_or_else(|| {
             named(
@@ -53,13 +70,154 @@ impl Open<'_> {
     }
 }
 
-impl Session {
-    pub(crate) fn new(model: Arc<deltamem_engine::Model>, name: Option<String>) -> Self {
-        Self {
-            name,
-            inner: Mutex::new(Some(deltamem_engine::Session::new(Arc::clone(&model)))),
-            model,
+impl Slot {
+    /// Brings an unfinished reply into order before a call that moves the session; a turn that ends by that is committed, if the session
+    /// commits by itself.
+    fn settle(&mut self, py: Python<'_>) -> PyResult<()> {
+        if !self.kept.as_ref().is_some_and(|kept| kept.autocommit) || !self.engine.unsettled() {
+            return Ok(());
         }
+        self.ending(py, |engine, interrupt| engine.settle(interrupt))
+    }
+
+    /// Runs engine work that may end a turn, and commits one that did.
+    pub(crate) fn ending<T: Send>(
+        &mut self,
+        py: Python<'_>,
+        work: impl FnOnce(
+            &mut deltamem_engine::Session,
+            &mut dyn FnMut() -> bool,
+        ) -> Result<T, deltamem_engine::EngineError>
+        + Send,
+    ) -> PyResult<T> {
+        let turns = self.engine.turns();
+        let engine = &mut self.engine;
+        let result = detached(py, |interrupt| work(engine, interrupt));
+        // A turn may have ended before the work failed.
+        if self.engine.turns() > turns
+            && let Err(error) = self.autocommit(py)
+        {
+            return Err(match result {
+                Ok(_) => error,
+                Err(first) => {
+                    error.set_cause(py, Some(first));
+                    error
+                }
+            });
+        }
+        result
+    }
+
+    /// Commits, if the session does so by itself. The session is between turns, so its snapshot moves nothing.
+    fn autocommit(&mut self, py: Python<'_>) -> PyResult<()> {
+        match &mut self.kept {
+            Some(kept) if kept.autocommit => {
+                let turn = self.engine.turns();
+                let engine = &mut self.engine;
+                let snapshot = detached(py, |interrupt| engine.snapshot(interrupt))?;
+                let meta = format!("{{\"turn\":{turn}}}");
+                py.detach(|| kept.commit(snapshot, "", Some(&meta)))
+                    .map(drop)
+                    .map_err(problem_to_python)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The session's place in a store.
+    fn kept(&mut self, label: &str) -> PyResult<&mut Kept> {
+        self.kept.as_mut().ok_or_else(|| {
+            named(
+                "SessionError",
+                format!("{label} has no store, so it has no commits; open it with model.session(name, store=store)"),
+            )
+        })
+    }
+
+    /// Whether the session holds what its head does not.
+    fn dirty(&self) -> bool {
+        let engine = &self.engine;
+        engine.unsettled()
+            || self
+                .kept
+                .as_ref()
+                .is_some_and(|kept| kept.differs(&engine.memory(), engine.tokens_seen(), engine.turns()))
+    }
+
+    /// Settles, and refuses to lose what is not committed.
+    fn leave(&mut self, py: Python<'_>, label: &str, force: bool) -> PyResult<&mut Kept> {
+        self.kept(label)?;
+        if !force {
+            self.settle(py)?;
+            if self.dirty() {
+                return Err(named(
+                    "SessionError",
+                    format!(
+                        "{label} holds what is not committed; commit() it first, or give it up with force=True"
+                    ),
+                ));
+            }
+        }
+        self.kept(label)
+    }
+
+    /// Takes up a commit's state and stands there.
+    fn stand(&mut self, head: Option<(Commit, deltamem_core::Snapshot)>) -> PyResult<()> {
+        match &head {
+            Some((_, snapshot)) => self.engine.restore(snapshot).map_err(to_python)?,
+            None => self.engine.reset(),
+        }
+        if let Some(kept) = &mut self.kept {
+            kept.head = head;
+        }
+        Ok(())
+    }
+}
+
+impl Session {
+    pub(crate) fn new(
+        model: Arc<deltamem_engine::Model>,
+        name: Option<String>,
+        kept: Option<Kept>,
+    ) -> PyResult<Self> {
+        let mut slot = Slot {
+            engine: deltamem_engine::Session::new(Arc::clone(&model)),
+            kept,
+        };
+        let head = slot.kept.as_mut().and_then(|kept| kept.head.take());
+        if head.is_some() {
+            slot.stand(head)?;
+        }
+        Ok(Self {
+            name,
+            inner: Mutex::new(Some(slot)),
+            model,
+        })
+    }
+
+    /// Does `work` with the session and the name that errors call it.
+    fn at<T>(&self, work: impl FnOnce(&mut Slot, &str) -> PyResult<T>) -> PyResult<T> {
+        let mut open = self.open()?;
+        work(open.slot()?, &self.label())
+    }
+
+    /// Whether the session is closed; an error when another thread has it.
+    pub(crate) fn is_closed(&self) -> PyResult<bool> {
+        Ok(self.open()?.0.is_none())
+    }
+
+    /// Engine work of a reply, which may end a turn.
+    pub(crate) fn ending<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(
+            &mut deltamem_engine::Session,
+            &mut dyn FnMut() -> bool,
+        ) -> Result<T, deltamem_engine::EngineError>
+        + Send,
+    ) -> PyResult<T> {
+        let mut open = self.open()?;
+        open.slot()?.ending(py, work)
     }
 
     fn label(&self) -> String {
@@ -129,10 +287,12 @@ impl Session {
         spans: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyArray2<f32>>>> {
         let mut open = self.open()?;
-        let session = open.get()?;
+        let slot = open.slot()?;
         let spans = crate::tokens::spans(spans.as_ref())?;
-        let (ids, spans) = crate::tokens::tokens(&tokens, spans, write, session)?;
+        let (ids, spans) = crate::tokens::tokens(&tokens, spans, write, &slot.engine)?;
         let ids = ids.as_slice()?;
+        slot.settle(py)?;
+        let session = &mut slot.engine;
         let vocab = self.model.vocab();
         let mut wanted = Vec::new();
         if logits {
@@ -327,7 +487,10 @@ impl Session {
 
     /// End the turn: drop the KV cache, keep the memory.
     fn end_turn(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(|session| detached(py, |interrupt| session.end_turn(interrupt)))
+        self.at(|slot, _| {
+            slot.settle(py)?;
+            slot.ending(py, |engine, interrupt| engine.end_turn(interrupt))
+        })
     }
 
     /// The memory: float32 [layers, heads, r, r], read-only, without a copy.
@@ -341,8 +504,9 @@ impl Session {
 
     /// An immutable copy of what the session needs to go on elsewhere: memory, counters, sampler. A few KB; no KV cache.
     fn snapshot(&self, py: Python<'_>) -> PyResult<Snapshot> {
-        self.with(|session| {
-            detached(py, |interrupt| session.snapshot(interrupt)).map(|inner| Snapshot { inner })
+        self.at(|slot, _| {
+            slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))
+                .map(|inner| Snapshot { inner })
         })
     }
 
@@ -365,8 +529,22 @@ impl Session {
     }
 
     /// Close the session and free its memory. What ``memory`` or ``snapshot`` gave stays valid. Closing twice does nothing.
-    fn close(&self) -> PyResult<()> {
+    ///
+    /// A session that commits by itself ends its turn and commits what is not committed yet. If that fails, the error is raised and the
+    /// session stays open, so that nothing is lost: ``merge()`` or ``commit()``, then close it again; ``close(discard=True)`` gives
+    /// it up.
+    #[pyo3(signature = (*, discard=false))]
+    fn close(&self, py: Python<'_>, discard: bool) -> PyResult<()> {
         let mut open = self.open()?;
+        if let Some(slot) = open.0.as_mut()
+            && !discard
+            && slot.kept.as_ref().is_some_and(|kept| kept.autocommit)
+        {
+            slot.ending(py, |engine, interrupt| engine.end_turn(interrupt))?;
+            if slot.dirty() {
+                slot.autocommit(py)?;
+            }
+        }
         open.0.take();
         Ok(())
     }
@@ -413,13 +591,434 @@ impl Session {
         self.with(|session| Ok(session.cache_bytes()))
     }
 
+    /// The commit that the session stands on, or None before the first one and without a store.
+    #[getter]
+    fn head<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.at(|slot, _| {
+            let head = slot.kept.as_ref().and_then(|kept| kept.head.as_ref());
+            head.map(|(commit, _)| records::commit(py, commit)).transpose()
+        })
+    }
+
+    /// The branch that the session commits on; None without a store, and on a commit that was checked out by itself.
+    #[getter]
+    fn branch_name(&self) -> PyResult<Option<String>> {
+        self.at(|slot, _| Ok(slot.kept.as_ref().and_then(|kept| kept.branch.clone())))
+    }
+
+    /// Whether the session holds something that ``head`` does not. Always False without a store.
+    #[getter]
+    fn dirty(&self) -> PyResult<bool> {
+        self.at(|slot, _| Ok(slot.kept.is_some() && slot.dirty()))
+    }
+
+    /// Whether every end of a turn commits.
+    #[getter]
+    fn autocommit(&self) -> PyResult<bool> {
+        self.at(|slot, _| Ok(slot.kept.as_ref().is_some_and(|kept| kept.autocommit)))
+    }
+
+    /// Commit the session's state on its branch; the first commit makes the memory. It returns when the commit is durable.
+    ///
+    /// A turn may go on afterwards; a chat's reply that was broken off ends its turn first. A commit of an unchanged state is a commit
+    /// as well.
+    ///
+    /// Parameters
+    /// ----------
+    /// message : str
+    ///     Your words, at most 64 KiB.
+    /// meta : dict, optional
+    ///     Your data: a JSON object, at most 16 KiB.
+    ///
+    /// Raises
+    /// ------
+    /// ConflictError
+    ///     Another worker moved the branch; ``expected`` and ``found`` are the two heads. The session is as it was: ``merge()`` brings both
+    ///     together and commits.
+    /// QuotaError
+    ///     The memory may keep no more.
+    /// StoreFullError, StoreIOError, UnavailableError
+    ///     The store failed. The session is as it was; the next commit holds what this one would have.
+    #[pyo3(signature = (message="", meta=None))]
+    fn commit<'py>(
+        &self,
+        py: Python<'py>,
+        message: &str,
+        meta: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let meta = meta_text(meta)?;
+        self.at(|slot, label| {
+            slot.kept(label)?.on().map_err(problem_to_python)?;
+            let engine = &mut slot.engine;
+            let snapshot = detached(py, |interrupt| engine.snapshot(interrupt))?;
+            let kept = slot.kept(label)?;
+            let commit = py
+                .detach(|| kept.commit(snapshot, message, meta.as_deref()))
+                .map_err(problem_to_python)?;
+            records::commit(py, &commit)
+        })
+    }
+
+    /// The last ``n`` commits that ``ref`` reaches, children before parents. None before the first commit.
+    ///
+    /// A ref is ``HEAD`` (where the session stands), a branch, a tag, or at least 4 digits that an id begins with; behind it ``~n``, ``^``,
+    /// ``^2``, or ``@{n}`` for where a branch was n moves ago.
+    ///
+    /// Raises
+    /// ------
+    /// NotFoundError, RefError
+    ///     The text names no commit of this memory.
+    #[pyo3(signature = (n=20, r#ref="HEAD"))]
+    fn log<'py>(&self, py: Python<'py>, n: usize, r#ref: &str) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        self.at(|slot, label| {
+            let kept = slot.kept(label)?;
+            if kept.head.is_none() && r#ref == "HEAD" {
+                return Ok(Vec::new());
+            }
+            let found = py
+                .detach(|| {
+                    let id = kept.resolve(r#ref)?.to_string();
+                    Ok(kept.store.log(&kept.name, &[&id], n)?)
+                })
+                .map_err(problem_to_python)?;
+            records::commits(py, &found)
+        })
+    }
+
+    /// The commit that ``ref`` means.
+    #[pyo3(signature = (r#ref="HEAD"))]
+    fn show<'py>(&self, py: Python<'py>, r#ref: &str) -> PyResult<Bound<'py, PyAny>> {
+        self.at(|slot, label| {
+            let kept = slot.kept(label)?;
+            let found = py
+                .detach(|| kept.memory().commit(kept.resolve(r#ref)?))
+                .map_err(problem_to_python)?;
+            records::commit(py, &found)
+        })
+    }
+
+    /// What changed from commit ``a`` to commit ``b``. ``a=None`` is the empty memory, ``b=None`` the session as it is now.
+    ///
+    /// Parameters
+    /// ----------
+    /// directions : int
+    ///     How many of the directions that moved most are wanted of each head.
+    #[pyo3(signature = (a=Some("HEAD~1"), b=Some("HEAD"), *, directions=3))]
+    fn diff<'py>(
+        &self,
+        py: Python<'py>,
+        a: Option<&str>,
+        b: Option<&str>,
+        directions: usize,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        self.at(|slot, label| {
+            slot.kept(label)?;
+            let now = match b {
+                Some(_) => None,
+                None => Some(slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))?),
+            };
+            let kept = slot.kept(label)?;
+            let (before, after, diff) = py
+                .detach(|| {
+                    let before = a.map(|a| kept.load(kept.resolve(a)?)).transpose()?;
+                    let (after, state) = match (b, now) {
+                        (Some(b), _) => {
+                            let (commit, state) = kept.load(kept.resolve(b)?)?;
+                            (Some(commit), state)
+                        }
+                        (None, Some(now)) => (None, now),
+                        (None, None) => {
+                            return Err(history::Problem::Refused("there is no state to compare".into()));
+                        }
+                    };
+                    let diff = history::diff(before.as_ref().map(|(_, state)| state), &state, directions)?;
+                    Ok((before, after, diff))
+                })
+                .map_err(problem_to_python)?;
+            records::diff(
+                py,
+                before.as_ref().map(|(commit, _)| commit),
+                after.as_ref(),
+                &diff,
+            )
+        })
+    }
+
+    /// Make a branch where the session stands and switch to it, as Git's ``switch -c``. What is not committed comes along.
+    ///
+    /// Raises
+    /// ------
+    /// ExistsError
+    ///     There is a branch or a tag of that name; ``checkout`` goes to it.
+    fn branch(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        self.at(|slot, label| {
+            let kept = slot.kept(label)?;
+            // Before the first commit there is nothing to point at: the first commit will be on that branch.
+            if let Some(head) = kept.head_id() {
+                py.detach(|| kept.store.branch(&kept.name, name, &head.to_string()))
+                    .map_err(store_to_python)?;
+            }
+            kept.branch = Some(name.to_owned());
+            Ok(())
+        })
+    }
+
+    /// Go to a branch, or to any other commit. The session takes its state bit for bit and begins a new turn.
+    ///
+    /// On a branch the session commits there from now on. On a commit by itself it can look and talk, but commits only after
+    /// ``branch(name)``.
+    ///
+    /// Parameters
+    /// ----------
+    /// force : bool
+    ///     Give up what is not committed.
+    ///
+    /// Raises
+    /// ------
+    /// SessionError
+    ///     The session holds what is not committed.
+    /// NotFoundError, RefError, FingerprintError
+    ///     The text names no commit of this memory; the commit is another model's. The session is as it was.
+    #[pyo3(signature = (r#ref, *, force=false))]
+    fn checkout<'py>(&self, py: Python<'py>, r#ref: &str, force: bool) -> PyResult<Bound<'py, PyAny>> {
+        self.at(|slot, label| {
+            let kept = slot.leave(py, label, force)?;
+            let (branch, head) = py
+                .detach(|| {
+                    let branch = kept.store.head(&kept.name, r#ref)?;
+                    let id = match branch {
+                        Some(id) => id,
+                        None => kept.resolve(r#ref)?,
+                    };
+                    // HEAD by itself gives up what is not committed and stays on the branch.
+                    let on = match branch {
+                        Some(_) => Some(r#ref.to_owned()),
+                        None if r#ref == "HEAD" => kept.branch.clone(),
+                        None => None,
+                    };
+                    Ok((on, kept.load(id)?))
+                })
+                .map_err(problem_to_python)?;
+            kept.branch = branch;
+            let commit = records::commit(py, &head.0)?;
+            slot.stand(Some(head))?;
+            Ok(commit)
+        })
+    }
+
+    /// Name the commit that ``ref`` means.
+    ///
+    /// Raises
+    /// ------
+    /// ExistsError
+    ///     There is a branch or a tag of that name.
+    #[pyo3(signature = (name, r#ref="HEAD"))]
+    fn tag<'py>(&self, py: Python<'py>, name: &str, r#ref: &str) -> PyResult<Bound<'py, PyAny>> {
+        self.at(|slot, label| {
+            let kept = slot.kept(label)?;
+            let commit = py
+                .detach(|| {
+                    let id = kept.resolve(r#ref)?.to_string();
+                    Ok(kept.store.tag(&kept.name, name, &id)?)
+                })
+                .map_err(problem_to_python)?;
+            records::commit(py, &commit)
+        })
+    }
+
+    /// Merge. The session then stands on the merged commit and begins a new turn.
+    ///
+    /// With a ref: what it names is merged into the session's branch, a fast-forward where the branch has nothing of its own, else
+    /// base + (ours − base) + (theirs − base) with the common ancestor that Git would take.
+    ///
+    /// Without one: the session's branch was moved by another worker (``ConflictError``). What the session holds beyond its head is put on
+    /// top of the branch's new head and committed, again and again while others commit first. Nothing of either is lost.
+    ///
+    /// Warns with ``MergeWarning`` where one side disturbs what the other's facts read by half or more.
+    ///
+    /// Parameters
+    /// ----------
+    /// message : str
+    ///     The commit's, where there is one.
+    /// force : bool
+    ///     With a ref: give up what is not committed.
+    ///
+    /// Raises
+    /// ------
+    /// SessionError
+    ///     With a ref: the session holds what is not committed.
+    /// ConflictError
+    ///     With a ref: the branch moved since the session took its state; ``merge()`` first. Without: the branch or the memory was deleted.
+    #[pyo3(signature = (r#ref=None, message="", *, meta=None, force=false))]
+    fn merge<'py>(
+        &self,
+        py: Python<'py>,
+        r#ref: Option<&str>,
+        message: &str,
+        meta: Option<Bound<'py, PyAny>>,
+        force: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let meta = meta_text(meta)?;
+        self.at(|slot, label| {
+            let merged = if let Some(text) = r#ref {
+                let kept = slot.leave(py, label, force)?;
+                py.detach(|| {
+                    let theirs = kept.resolve(text)?;
+                    let branch = kept.on()?;
+                    kept.load(theirs)?;
+                    let Some(head) = kept.head_id() else {
+                        return Err(history::Problem::Refused(
+                            "the session has no commit to merge into; check the other one out".into(),
+                        ));
+                    };
+                    history::merge(
+                        kept.memory(),
+                        branch,
+                        head,
+                        theirs,
+                        text,
+                        message,
+                        meta.as_deref(),
+                    )
+                })
+            } else {
+                slot.kept(label)?.on().map_err(problem_to_python)?;
+                let engine = &mut slot.engine;
+                let now = detached(py, |interrupt| {
+                    engine.end_turn(interrupt)?;
+                    engine.snapshot(interrupt)
+                })?;
+                let dirty = slot.dirty();
+                let kept = slot.kept(label)?;
+                let turn = format!("{{\"turn\":{}}}", now.turns());
+                py.detach(|| {
+                    let ours = Uncommitted {
+                        branch: kept.on()?,
+                        grown_on: kept.head.as_ref().map(|(commit, state)| (commit.id, state)),
+                        state: dirty.then_some(&now),
+                        fingerprint: kept.model.fingerprint,
+                        parts: kept.parts,
+                        message,
+                        meta: meta.as_deref().or(kept.autocommit.then_some(&turn)),
+                    };
+                    history::bring_up(kept.memory(), &ours)
+                })
+            };
+            let merged = merged.map_err(problem_to_python)?;
+            let result = records::merged(py, &merged)?;
+            if merged.head.is_some() {
+                slot.stand(merged.head.clone())?;
+            }
+            warn_of(py, &merged)?;
+            Ok(result)
+        })
+    }
+
+    /// Move the session's branch to the commit that ``ref`` means, and the session with it, bit for bit. The commits that the branch leaves
+    /// stay in reach of the reflog: ``rollback("main@{1}")`` takes it back.
+    ///
+    /// Parameters
+    /// ----------
+    /// force : bool
+    ///     Give up what is not committed.
+    ///
+    /// Raises
+    /// ------
+    /// ConflictError
+    ///     Another worker moved the branch meanwhile.
+    #[pyo3(signature = (r#ref, *, force=false))]
+    fn rollback<'py>(&self, py: Python<'py>, r#ref: &str, force: bool) -> PyResult<Bound<'py, PyAny>> {
+        self.at(|slot, label| {
+            let kept = slot.leave(py, label, force)?;
+            let head = py
+                .detach(|| {
+                    let to = kept.load(kept.resolve(r#ref)?)?;
+                    let branch = kept.on()?;
+                    kept.store
+                        .rollback(&kept.name, branch, &to.0.id.to_string(), kept.head_id())?;
+                    Ok(to)
+                })
+                .map_err(problem_to_python)?;
+            let commit = records::commit(py, &head.0)?;
+            slot.stand(Some(head))?;
+            Ok(commit)
+        })
+    }
+
+    /// Copy the memory, as far as it is committed, with all branches and tags to a new name, where it goes its own way. The session stays.
+    ///
+    /// Raises
+    /// ------
+    /// ExistsError
+    ///     There is a memory of the new name.
+    fn fork(&self, py: Python<'_>, new_name: &str) -> PyResult<()> {
+        self.at(|slot, label| {
+            let kept = slot.kept(label)?;
+            py.detach(|| kept.store.fork(&kept.name, new_name, None))
+                .map_err(store_to_python)
+        })
+    }
+
+    /// Which commits the memory's read for ``text`` comes from: signed shares that add up to the read.
+    ///
+    /// The text's tokens are read in a turn of their own that writes nothing; the session stays as it is. What is not committed yet has a
+    /// share of its own (``commit`` None).
+    ///
+    /// Parameters
+    /// ----------
+    /// text : str, sequence of int, or ndarray of int32 or int64 with shape [T]
+    ///     What to ask. Text is taken as a message, in the bundle's chat template, if it has one: ask the question that the fact answers.
+    /// n : int
+    ///     Commits to go back; what older ones hold is ``rest``.
+    /// attribution : {"difference", "surviving"}
+    ///     ``"difference"`` asks who moved the read to where it is, and names the commit that told a fact best. ``"surviving"`` asks whose
+    ///     writes are left in the read, from an estimate of what each commit left of the older ones.
+    ///
+    /// Raises
+    /// ------
+    /// ValueError
+    ///     The memory reads nothing for this text (it is empty).
+    /// BundleError
+    ///     The bundle has no measured graph.
+    #[pyo3(signature = (text, n=1000, *, attribution="difference"))]
+    fn blame<'py>(
+        &self,
+        py: Python<'py>,
+        text: Bound<'py, PyAny>,
+        n: usize,
+        attribution: &str,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let how = match attribution {
+            "difference" => Attribution::Difference,
+            "surviving" => Attribution::Surviving,
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "attribution is {other:?}, expected \"difference\" or \"surviving\""
+                )));
+            }
+        };
+        self.at(|slot, label| {
+            slot.kept(label)?;
+            let ids = self.asked(slot, &text)?;
+            let now = slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))?;
+            let changed = slot.dirty();
+            let engine = &slot.engine;
+            let queries = detached(py, |interrupt| engine.queries(&ids, interrupt))?;
+            let kept = slot.kept(label)?;
+            let blamed = py
+                .detach(|| history::blame(kept.memory(), kept.head_id(), &now, changed, &queries, how, n))
+                .map_err(problem_to_python)?;
+            records::blamed(py, ids.len(), attribution, &blamed)
+        })
+    }
+
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
         slf
     }
 
     #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.close()
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.close(py, false)
     }
 
     fn __repr__(&self) -> String {
@@ -430,14 +1029,40 @@ impl Session {
         match self.inner.try_lock().as_deref() {
             None => format!("Session({name}in use)"),
             Some(None) => format!("Session({name}closed)"),
-            Some(Some(session)) => {
+            Some(Some(Slot { engine, kept })) => {
+                let at = kept.as_ref().map_or_else(String::new, |kept| {
+                    let head = kept.head_id().map_or_else(
+                        || "no commit".to_owned(),
+                        |head| head.to_string()[..12].to_owned(),
+                    );
+                    match &kept.branch {
+                        Some(branch) => format!("{branch:?} at {head}, "),
+                        None => format!("at {head}, "),
+                    }
+                });
                 format!(
-                    "Session({name}tokens_seen={}, position={})",
-                    session.tokens_seen(),
-                    session.position()
+                    "Session({name}{at}tokens_seen={}, position={})",
+                    engine.tokens_seen(),
+                    engine.position()
                 )
             }
         }
+    }
+}
+
+impl Session {
+    /// The tokens that a blame asks: a text as the bundle's chat template makes a message of it.
+    fn asked(&self, slot: &Slot, text: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
+        if let Ok(words) = text.cast::<PyString>() {
+            let message = Message {
+                role: "user".into(),
+                content: words.to_str()?.to_owned(),
+            };
+            if let Ok((ids, _)) = self.model.encode_chat(&[message], Spans::Token, false) {
+                return Ok(ids);
+            }
+        }
+        tokens(text, Spans::Token, false, &slot.engine)?.0.into_vec()
     }
 }
 
@@ -463,7 +1088,9 @@ fn begin(
     spans: &Spans<'_>,
     options: GenerationOptions,
 ) -> PyResult<Generation> {
-    let session = open.get()?;
+    let slot = open.slot()?;
+    slot.settle(slf.py())?;
+    let session = &mut slot.engine;
     let inner = detached(slf.py(), |interrupt| {
         deltamem_engine::Generation::new(session, prompt, spans, options, interrupt)
     })?;

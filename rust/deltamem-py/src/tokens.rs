@@ -46,7 +46,7 @@ pub(crate) fn tokens<'py>(
     session: &Session,
 ) -> PyResult<(Tokens<'py>, Spans<'static>)> {
     if let Ok(text) = value.cast::<PyString>() {
-        let at_start = session.position() == 0;
+        let at_start = session.at_start();
         let (ids, spans) = session
             .model()
             .encode_text(text.to_str()?, at_start, spans, write)

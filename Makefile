@@ -30,7 +30,7 @@ setup: $(VENV)/.stamp-runtime $(VENV)/.stamp-exporter ## build everything for wo
 demo: $(DEMO_VENV)/.stamp ## install what the demo needs (no PyTorch) into .venv-demo and run it; DEMO_ARGS="--seed 7" is passed on
 	@$(DEMO_VENV)/bin/deltamem demo $(DEMO_ARGS)
 
-test: lint rust-test python-test ## formatting, lints, types, stubs, Rust's tests, Python's tests
+test: lint rust-test python-test ## formatting, lints, types, stubs, Rust's tests, Python's tests; Redis' own need redis-server (apt-get install redis-server)
 
 test-long: setup ## the same tests and the long ones: soaks, long fuzzing, training
 	$(call rust_tests,--run-ignored all,--include-ignored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._records import Commit, stamp
@@ -161,7 +162,7 @@ class Diff:
         sizes = [[0.0] * heads for _ in range(layers)]
         for h in self.heads:
             sizes[h.layer][h.head] = h.change.norm_change
-        image = axes.imshow(sizes, aspect="auto")
+        image = axes.imshow(sizes, aspect="auto", vmin=0)
         axes.set(xlabel="head", ylabel="layer", title=self.title, xticks=range(heads), yticks=range(layers))
         axes.figure.colorbar(image, ax=axes, label="|change|")
         return axes
@@ -169,10 +170,9 @@ class Diff:
 
 def _pyplot(what: str) -> Any:
     try:
-        from matplotlib import pyplot
+        return import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError(f"{what} needs matplotlib, which is not installed: pip install matplotlib") from error
-    return pyplot
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +231,8 @@ class Share:
 class Blame:
     """A read, split among commits: ``shares``, the newest commit first, and ``rest`` (older commits) add up to 1.
 
-    ``energy`` is |S q|² over tokens, layers and heads, ``layers`` its parts by layer. ``tokens`` were asked. ``merges``: merge commits on
-    the way; what a merge's sum rounds off is its own share.
+    ``energy`` is |S q|² over tokens, layers and heads, ``layers`` its parts by layer. So many ``tokens`` were asked, those of ``reply``
+    among them (None: there was none). ``merges``: merge commits on the way; what a merge's sum rounds off is its own share.
     """
 
     shares: tuple[Share, ...]
@@ -240,6 +240,7 @@ class Blame:
     energy: float
     layers: tuple[float, ...]
     tokens: int
+    reply: str | None
     attribution: Literal["difference", "surviving"]
     merges: int
 
@@ -252,7 +253,8 @@ class Blame:
     def title(self) -> str:
         """What was asked."""
         kind = "what each moved" if self.attribution == "difference" else "what is left of each"
-        return f"the read of {self.tokens} tokens by commit ({kind})"
+        said = "" if self.reply is None else f", reply {_short(self.reply)!r}"
+        return f"the read of {self.tokens} tokens by commit ({kind}{said})"
 
     def _rows(self) -> list[list[str]]:
         rows = [

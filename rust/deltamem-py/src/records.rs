@@ -234,7 +234,13 @@ pub(crate) fn redacted<'py>(py: Python<'py>, redacted: &Redacted) -> Made<'py> {
     )
 }
 
-pub(crate) fn blamed<'py>(py: Python<'py>, tokens: usize, attribution: &str, blamed: &Blamed) -> Made<'py> {
+pub(crate) fn blamed<'py>(
+    py: Python<'py>,
+    tokens: usize,
+    reply: Option<&str>,
+    attribution: &str,
+    blamed: &Blamed,
+) -> Made<'py> {
     let mut shares = Vec::new();
     for part in &blamed.parts {
         shares.push(made!(py, "_changes", "Share",
@@ -249,6 +255,7 @@ pub(crate) fn blamed<'py>(py: Python<'py>, tokens: usize, attribution: &str, bla
         energy: blamed.energy,
         layers: PyTuple::new(py, &blamed.layers)?,
         tokens: tokens,
+        reply: reply,
         attribution: attribution,
         merges: blamed.merges,
     )

@@ -703,7 +703,7 @@ impl Session {
     /// ----------
     /// directions : int
     ///     How many of the directions that moved most are wanted of each head.
-    #[pyo3(signature = (a=Some("HEAD~1"), b=Some("HEAD"), *, directions=3))]
+    #[pyo3(signature = (a=Some("HEAD~1"), b=Some("HEAD"), *, directions=3), text_signature = "($self, a='HEAD~1', b='HEAD', *, directions=3)")]
     fn diff<'py>(
         &self,
         py: Python<'py>,
@@ -890,7 +890,6 @@ impl Session {
                 })?;
                 let dirty = slot.dirty();
                 let kept = slot.kept(label)?;
-                let turn = format!("{{\"turn\":{}}}", now.turns());
                 py.detach(|| {
                     let ours = Uncommitted {
                         branch: kept.on()?,
@@ -899,7 +898,8 @@ impl Session {
                         fingerprint: kept.model.fingerprint,
                         parts: kept.parts,
                         message,
-                        meta: meta.as_deref().or(kept.autocommit.then_some(&turn)),
+                        meta: meta.as_deref(),
+                        count_turns: kept.autocommit,
                     };
                     history::bring_up(kept.memory(), &ours)
                 })
@@ -961,18 +961,21 @@ impl Session {
 
     /// Which commits the memory's read for ``text`` comes from: signed shares that add up to the read.
     ///
-    /// The text's tokens are read in a turn of their own that writes nothing; the session stays as it is. What is not committed yet has a
-    /// share of its own (``commit`` None).
+    /// In a bundle with a chat template, text is a message: the session makes the reply that it would give now, greedy and without
+    /// writing, and what was read for both counts, since a fact is read where the reply needs it. Ask the question that the fact answers.
+    /// The session stays as it is. What is not committed yet has a share of its own (``commit`` None).
     ///
     /// Parameters
     /// ----------
     /// text : str, sequence of int, or ndarray of int32 or int64 with shape [T]
-    ///     What to ask. Text is taken as a message, in the bundle's chat template, if it has one: ask the question that the fact answers.
+    ///     What to ask. Token ids, and text in a bundle without a chat template, are read as they are, without a reply.
     /// n : int
     ///     Commits to go back; what older ones hold is ``rest``.
     /// attribution : {"difference", "surviving"}
     ///     ``"difference"`` asks who moved the read to where it is, and names the commit that told a fact best. ``"surviving"`` asks whose
     ///     writes are left in the read, from an estimate of what each commit left of the older ones.
+    /// max_new_tokens : int
+    ///     The most tokens of the reply; 0 asks the message alone.
     ///
     /// Raises
     /// ------
@@ -980,13 +983,14 @@ impl Session {
     ///     The memory reads nothing for this text (it is empty).
     /// BundleError
     ///     The bundle has no measured graph.
-    #[pyo3(signature = (text, n=1000, *, attribution="difference"))]
+    #[pyo3(signature = (text, n=1000, *, attribution="difference", max_new_tokens=64))]
     fn blame<'py>(
         &self,
         py: Python<'py>,
         text: Bound<'py, PyAny>,
         n: usize,
         attribution: &str,
+        max_new_tokens: usize,
     ) -> PyResult<Bound<'py, PyAny>> {
         let how = match attribution {
             "difference" => Attribution::Difference,
@@ -999,16 +1003,25 @@ impl Session {
         };
         self.at(|slot, label| {
             slot.kept(label)?;
-            let ids = self.asked(slot, &text)?;
+            let (mut ids, message) = self.asked(slot, &text)?;
             let now = slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))?;
             let changed = slot.dirty();
-            let engine = &slot.engine;
-            let queries = detached(py, |interrupt| engine.queries(&ids, interrupt))?;
+            let mut reply = None;
+            let queries = detached(py, |interrupt| {
+                let mut aside = deltamem_engine::Session::new(Arc::clone(&self.model));
+                aside.restore(&now)?;
+                if message && max_new_tokens > 0 {
+                    let made = reply_to(&mut aside, ids.clone(), max_new_tokens, interrupt)?;
+                    ids.extend(made.token_ids());
+                    reply = Some(made.text().to_owned());
+                }
+                aside.queries(&ids, interrupt)
+            })?;
             let kept = slot.kept(label)?;
             let blamed = py
                 .detach(|| history::blame(kept.memory(), kept.head_id(), &now, changed, &queries, how, n))
                 .map_err(problem_to_python)?;
-            records::blamed(py, ids.len(), attribution, &blamed)
+            records::blamed(py, ids.len(), reply.as_deref(), attribution, &blamed)
         })
     }
 
@@ -1051,19 +1064,46 @@ impl Session {
 }
 
 impl Session {
-    /// The tokens that a blame asks: a text as the bundle's chat template makes a message of it.
-    fn asked(&self, slot: &Slot, text: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
-        if let Ok(words) = text.cast::<PyString>() {
+    /// The tokens that a blame asks, and whether they are a message that wants a reply.
+    fn asked(&self, slot: &Slot, text: &Bound<'_, PyAny>) -> PyResult<(Vec<i32>, bool)> {
+        if let Ok(words) = text.cast::<PyString>()
+            && self
+                .model
+                .manifest()
+                .text
+                .as_ref()
+                .is_some_and(|files| files.chat_template.is_some())
+        {
             let message = Message {
                 role: "user".into(),
                 content: words.to_str()?.to_owned(),
             };
-            if let Ok((ids, _)) = self.model.encode_chat(&[message], Spans::Token, false) {
-                return Ok(ids);
-            }
+            let encoded = self.model.encode_chat(&[message], Spans::Token, false);
+            return Ok((encoded.map_err(to_python)?.0, true));
         }
-        tokens(text, Spans::Token, false, &slot.engine)?.0.into_vec()
+        let (ids, _) = tokens(text, Spans::Token, false, &slot.engine)?;
+        Ok((ids.into_vec()?, false))
     }
+}
+
+/// The likeliest reply to a rendered message, without writing.
+fn reply_to(
+    session: &mut deltamem_engine::Session,
+    prompt: Vec<i32>,
+    max_new_tokens: usize,
+    interrupt: &mut dyn FnMut() -> bool,
+) -> Result<deltamem_engine::Generation, deltamem_engine::EngineError> {
+    let options = GenerationOptions {
+        max_new_tokens,
+        sampling: SamplingOptions::default(),
+        stop: Vec::new(),
+        write: false,
+        end_turn: true,
+        measure: false,
+    };
+    let mut made = deltamem_engine::Generation::new(session, prompt, &Spans::Unsaid, options, interrupt)?;
+    while made.next(session, interrupt)?.is_some() {}
+    Ok(made)
 }
 
 /// The stop texts: one, several, or none.

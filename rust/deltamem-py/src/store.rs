@@ -283,7 +283,7 @@ impl Store {
     /// ----------
     /// directions : int
     ///     How many of the directions that moved most are wanted of each head.
-    #[pyo3(signature = (name, a=Some("HEAD~1"), b="HEAD", *, directions=3))]
+    #[pyo3(signature = (name, a=Some("HEAD~1"), b="HEAD", *, directions=3), text_signature = "($self, name, a='HEAD~1', b='HEAD', *, directions=3)")]
     fn diff<'py>(
         &self,
         py: Python<'py>,

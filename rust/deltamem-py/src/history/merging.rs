@@ -124,6 +124,8 @@ pub(crate) struct Uncommitted<'a> {
     pub parts: Parts,
     pub message: &'a str,
     pub meta: Option<&'a str>,
+    /// Without a meta: the commit says how many turns its state has seen.
+    pub count_turns: bool,
 }
 
 /// Puts what is uncommitted on top of the branch's present head: theirs + (ours − what it grew on), whatever happened in between, and
@@ -187,6 +189,7 @@ pub(crate) fn bring_up(memory: Memory<'_>, ours: &Uncommitted<'_>) -> Result<Mer
                 (Case::ThreeWay, snapshot, Some(conflict))
             }
         };
+        let turns = format!("{{\"turn\":{}}}", snapshot.turns());
         let committed = store.commit(
             name,
             &NewCommit {
@@ -196,7 +199,7 @@ pub(crate) fn bring_up(memory: Memory<'_>, ours: &Uncommitted<'_>) -> Result<Mer
                 snapshot: &snapshot,
                 parts: Some(ours.parts),
                 message: ours.message,
-                meta: ours.meta,
+                meta: ours.meta.or(ours.count_turns.then_some(&turns)),
             },
         );
         match committed {

@@ -122,6 +122,111 @@ def test_a_server_that_lets_a_commit_wait_holds_up_no_other_thread(redis_server:
         assert len(session.log()) == 2
 
 
+class Relay:
+    """Stands before a server. It passes everything on, or loses the answers, or loses the requests."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.removeprefix("redis://").split(":")
+        self.server = (host, int(port))
+        self.losing: str | None = None
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self.server)
+            for way in ((client, server, "requests"), (server, client, "answers")):
+                threading.Thread(target=self.pump, args=way, daemon=True).start()
+
+    def pump(self, source: socket.socket, target: socket.socket, what: str) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if self.losing != what:
+                    target.sendall(data)
+        except OSError:
+            pass
+        finally:
+            target.close()
+
+
+@pytest.mark.filterwarnings("ignore::deltamem_rt.MergeWarning")
+@pytest.mark.parametrize("losing", ["answers", "requests"])
+def test_a_turn_whose_commit_has_an_unknown_fate_is_there_once(redis_server: str, tmp_path: Path, model, losing: str):
+    relay = Relay(redis_server)
+    with (
+        model.session() as alone,
+        dm.Store(f"redis://127.0.0.1:{relay.port}?prefix={tmp_path.name}:&timeout_ms=300") as store,
+        model.session("ada", store=store, autocommit=True) as session,
+    ):
+
+        def turn(number: int) -> None:
+            for each in (alone, session):
+                each.feed([10 + number, 20 + number])
+                each.end_turn()
+
+        turn(1)
+        relay.losing = losing
+        with pytest.raises(dm.UnavailableError, match="not acknowledged"):
+            turn(2)
+        assert session.turns == 2
+        relay.losing = None
+        turn(3)
+        turns = [commit.meta["turn"] for commit in store.log("ada")]
+        assert turns == ([3, 2, 1] if losing == "answers" else [3, 1])
+        assert store.snapshot("ada").memory.tobytes() == session.memory.tobytes() == alone.memory.tobytes()
+
+        # The same for a merge: what was put on top of another worker's commit is not put there twice.
+        with model.session("ada", store=store) as other:
+            other.feed([70, 80])
+            other.end_turn()
+            other.commit("other")
+        other_change = store.snapshot("ada").memory.astype("f8") - session.memory
+        session.feed([14, 24])
+        with pytest.raises(dm.ConflictError):
+            session.end_turn()
+        alone.feed([14, 24])
+        alone.end_turn()
+        relay.losing = losing
+        with pytest.raises(dm.UnavailableError):
+            session.merge()
+        relay.losing = None
+        session.feed([15, 25])
+        alone.feed([15, 25])
+        with pytest.raises(dm.ConflictError):
+            session.end_turn()
+        alone.end_turn()
+        session.merge()
+        both = alone.memory + other_change
+        assert abs(store.snapshot("ada").memory - both).max() < 1e-5
+        assert store.snapshot("ada").turns == 6
+        assert store.verify().clean
+    relay.listener.close()
+
+
+def test_a_commit_that_is_asked_for_again_is_made_once(redis_server: str, tmp_path: Path, model):
+    relay = Relay(redis_server)
+    with (
+        dm.Store(f"redis://127.0.0.1:{relay.port}?prefix={tmp_path.name}:&timeout_ms=300") as store,
+        model.session("ada", store=store) as session,
+    ):
+        session.commit("one")
+        relay.losing = "answers"
+        session.feed([1, 2])
+        with pytest.raises(dm.UnavailableError):
+            session.commit("two", {"n": 2})
+        relay.losing = None
+        two = session.commit("two", {"n": 2})
+        assert [commit.message for commit in store.log("ada")] == ["two", "one"]
+        assert session.head == two == store.show("ada")
+        assert session.commit("two", {"n": 2}) != two
+    relay.listener.close()
+
+
 def test_four_processes_on_one_name_lose_nothing(redis_server: str, tmp_path: Path, model):
     address = f"{redis_server}?prefix={tmp_path.name}:"
     with dm.Store(address) as store:

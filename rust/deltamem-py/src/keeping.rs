@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use deltamem_core::Snapshot;
-use deltamem_store::{Commit, CommitId, Error, Model, NewCommit, Parts, Store};
+use deltamem_store::{Commit, CommitId, Error, Model, NewCommit, Parts, StateId, Store};
 
-use crate::history::{Memory, Problem, Result};
+use crate::history::{Memory, Merged, Problem, Result, Uncommitted, bring_up};
 
 /// A session's place in a store.
 pub(crate) struct Kept {
@@ -18,6 +18,20 @@ pub(crate) struct Kept {
     pub autocommit: bool,
     pub model: Model,
     pub parts: Parts,
+    /// A commit whose fate is not known, because the store failed in the middle of it.
+    doubt: Option<Doubt>,
+}
+
+/// A commit that may have been made.
+struct Doubt {
+    /// Its parent.
+    parent: Option<CommitId>,
+    /// Its state.
+    state: StateId,
+    /// What the session held then.
+    held: Snapshot,
+    message: String,
+    meta: Option<String>,
 }
 
 impl Kept {
@@ -56,7 +70,46 @@ impl Kept {
             autocommit,
             model,
             parts,
+            doubt: None,
         })
+    }
+
+    /// Stands somewhere else.
+    pub(crate) fn stand(&mut self, head: Option<(Commit, Snapshot)>) {
+        self.head = head;
+        self.doubt = None;
+    }
+
+    /// Finds out what became of a commit whose fate was not known. If it was made, what it holds is not committed a second time.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        let (Some(doubt), Some(branch)) = (&self.doubt, &self.branch) else {
+            return Ok(());
+        };
+        let found = self.store.head(&self.name, branch)?;
+        if let Some(found) = found
+            && Some(found) != self.head_id()
+        {
+            let log = self.store.log(&self.name, &[&found.to_string()], usize::MAX)?;
+            let made = log.into_iter().find(|commit| {
+                commit.state == doubt.state && commit.parents.first() == doubt.parent.as_ref()
+            });
+            if let Some(made) = made {
+                // One that was put on top of another worker's commit holds more than the session, which goes on from what it held:
+                // it stands on that other commit then, as if it had not seen its own yet.
+                let on = match doubt.parent {
+                    Some(parent) if Some(parent) != self.head_id() => self.memory().commit(parent)?,
+                    _ => made,
+                };
+                self.head = Some((on, doubt.held.clone()));
+            }
+        }
+        self.doubt = None;
+        Ok(())
+    }
+
+    /// Whether it is not known if the last commit was made.
+    pub(crate) fn in_doubt(&self) -> bool {
+        self.doubt.is_some()
     }
 
     pub(crate) fn memory(&self) -> Memory<'_> {
@@ -117,20 +170,95 @@ impl Kept {
 
     /// Commits `snapshot` on the session's branch.
     pub(crate) fn commit(&mut self, snapshot: Snapshot, message: &str, meta: Option<&str>) -> Result<Commit> {
-        let commit = self.store.commit(
+        let again = self
+            .doubt
+            .as_ref()
+            .is_some_and(|doubt| doubt.message == message && doubt.meta.as_deref() == meta);
+        let before = self.head_id();
+        self.clear()?;
+        if let Some((head, _)) = &self.head
+            && again
+            && Some(head.id) != before
+            && head.state == StateId::of(&snapshot.to_bytes())
+        {
+            // The same commit asked for again, and it was made the first time.
+            return Ok(head.clone());
+        }
+        let parent = self.head_id();
+        let made = self.store.commit(
             &self.name,
             &NewCommit {
                 branch: self.on()?,
-                expected: self.head_id(),
+                expected: parent,
                 merged: None,
                 snapshot: &snapshot,
                 parts: Some(self.parts),
                 message,
                 meta,
             },
-        )?;
-        self.head = Some((commit.clone(), snapshot));
-        Ok(commit)
+        );
+        match made {
+            Ok(commit) => {
+                self.stand(Some((commit.clone(), snapshot)));
+                Ok(commit)
+            }
+            Err(error) => {
+                if fate_unknown(&error) {
+                    self.doubt = Some(Doubt {
+                        parent,
+                        state: StateId::of(&snapshot.to_bytes()),
+                        held: snapshot,
+                        message: message.to_owned(),
+                        meta: meta.map(str::to_owned),
+                    });
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Commits the end of a turn, unless it is there already.
+    pub(crate) fn commit_turn(&mut self, snapshot: Snapshot) -> Result<()> {
+        self.clear()?;
+        if self.differs(snapshot.memory(), snapshot.tokens_seen(), snapshot.turns()) {
+            let meta = format!("{{\"turn\":{}}}", snapshot.turns());
+            self.commit(snapshot, "", Some(&meta))?;
+        }
+        Ok(())
+    }
+
+    /// Puts what a session holds beyond its head on top of its branch.
+    pub(crate) fn bring_up(&mut self, now: &Snapshot, message: &str, meta: Option<&str>) -> Result<Merged> {
+        self.clear()?;
+        let changed = self.differs(now.memory(), now.tokens_seen(), now.turns());
+        let mut tried = None;
+        let merged = bring_up(
+            self.memory(),
+            &Uncommitted {
+                branch: self.on()?,
+                grown_on: self.head.as_ref().map(|(commit, state)| (commit.id, state)),
+                state: changed.then_some(now),
+                fingerprint: self.model.fingerprint,
+                parts: self.parts,
+                message,
+                meta,
+                count_turns: self.autocommit,
+            },
+            &mut tried,
+        );
+        if let Err(Problem::Store(error)) = &merged
+            && fate_unknown(error)
+            && let Some((parent, state)) = tried
+        {
+            self.doubt = Some(Doubt {
+                parent,
+                state,
+                held: now.clone(),
+                message: message.to_owned(),
+                meta: meta.map(str::to_owned),
+            });
+        }
+        merged
     }
 
     /// Whether a session with this memory and these counts holds something that its head does not.
@@ -148,4 +276,12 @@ impl Kept {
                 .map(|x| x.to_bits())
                 .eq(memory.iter().map(|x| x.to_bits()))
     }
+}
+
+/// Whether a change that ended so may have been made.
+fn fate_unknown(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Io { .. } | Error::Unavailable { .. } | Error::Full { .. }
+    )
 }

@@ -16,7 +16,7 @@ use pyo3::types::PyString;
 use crate::errors::{detached, named, problem_to_python, store_to_python, to_python};
 use crate::generation::Generation;
 use crate::geometry::Geometry;
-use crate::history::{self, Uncommitted};
+use crate::history;
 use crate::keeping::Kept;
 use crate::records;
 use crate::snapshot::{Snapshot, view};
@@ -112,12 +112,9 @@ impl Slot {
     fn autocommit(&mut self, py: Python<'_>) -> PyResult<()> {
         match &mut self.kept {
             Some(kept) if kept.autocommit => {
-                let turn = self.engine.turns();
                 let engine = &mut self.engine;
                 let snapshot = detached(py, |interrupt| engine.snapshot(interrupt))?;
-                let meta = format!("{{\"turn\":{turn}}}");
-                py.detach(|| kept.commit(snapshot, "", Some(&meta)))
-                    .map(drop)
+                py.detach(|| kept.commit_turn(snapshot))
                     .map_err(problem_to_python)
             }
             _ => Ok(()),
@@ -146,7 +143,10 @@ impl Slot {
 
     /// Settles, and refuses to lose what is not committed.
     fn leave(&mut self, py: Python<'_>, label: &str, force: bool) -> PyResult<&mut Kept> {
-        self.kept(label)?;
+        let kept = self.kept(label)?;
+        if kept.in_doubt() {
+            py.detach(|| kept.clear()).map_err(problem_to_python)?;
+        }
         if !force {
             self.settle(py)?;
             if self.dirty() {
@@ -168,7 +168,7 @@ impl Slot {
             None => self.engine.reset(),
         }
         if let Some(kept) = &mut self.kept {
-            kept.head = head;
+            kept.stand(head);
         }
         Ok(())
     }
@@ -753,6 +753,7 @@ impl Session {
     fn branch(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         self.at(|slot, label| {
             let kept = slot.kept(label)?;
+            py.detach(|| kept.clear()).map_err(problem_to_python)?;
             // Before the first commit there is nothing to point at: the first commit will be on that branch.
             if let Some(head) = kept.head_id() {
                 py.detach(|| kept.store.branch(&kept.name, name, &head.to_string()))
@@ -888,21 +889,8 @@ impl Session {
                     engine.end_turn(interrupt)?;
                     engine.snapshot(interrupt)
                 })?;
-                let dirty = slot.dirty();
                 let kept = slot.kept(label)?;
-                py.detach(|| {
-                    let ours = Uncommitted {
-                        branch: kept.on()?,
-                        grown_on: kept.head.as_ref().map(|(commit, state)| (commit.id, state)),
-                        state: dirty.then_some(&now),
-                        fingerprint: kept.model.fingerprint,
-                        parts: kept.parts,
-                        message,
-                        meta: meta.as_deref(),
-                        count_turns: kept.autocommit,
-                    };
-                    history::bring_up(kept.memory(), &ours)
-                })
+                py.detach(|| kept.bring_up(&now, message, meta.as_deref()))
             };
             let merged = merged.map_err(problem_to_python)?;
             let result = records::merged(py, &merged)?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use deltamem_core::edits::merge::{Conflict, merge as merge_states};
 use deltamem_core::{Fingerprint, Snapshot};
-use deltamem_store::{Commit, CommitId, Error, NewCommit, Parts};
+use deltamem_store::{Commit, CommitId, Error, NewCommit, Parts, StateId};
 
 use super::graph::{Base, Graph};
 use super::{Memory, Problem, Result, same_model, with_state, zeros};
@@ -129,8 +129,13 @@ pub(crate) struct Uncommitted<'a> {
 }
 
 /// Puts what is uncommitted on top of the branch's present head: theirs + (ours − what it grew on), whatever happened in between, and
-/// again while others commit first.
-pub(crate) fn bring_up(memory: Memory<'_>, ours: &Uncommitted<'_>) -> Result<Merged> {
+/// again while others commit first. `tried` is the parent and the state of the last commit that was tried: after an error of the store it
+/// may have been made.
+pub(crate) fn bring_up(
+    memory: Memory<'_>,
+    ours: &Uncommitted<'_>,
+    tried: &mut Option<(Option<CommitId>, StateId)>,
+) -> Result<Merged> {
     let Memory { store, name } = memory;
     let grown_on = ours.grown_on.map(|(id, _)| id);
     let base = ours.grown_on.map(|(_, snapshot)| Base {
@@ -189,6 +194,7 @@ pub(crate) fn bring_up(memory: Memory<'_>, ours: &Uncommitted<'_>) -> Result<Mer
                 (Case::ThreeWay, snapshot, Some(conflict))
             }
         };
+        *tried = Some((found, StateId::of(&snapshot.to_bytes())));
         let turns = format!("{{\"turn\":{}}}", snapshot.turns());
         let committed = store.commit(
             name,

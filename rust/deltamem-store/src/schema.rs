@@ -10,6 +10,8 @@ use crate::seal::{Vault, random};
 pub const SCHEMA: u32 = 1;
 
 const MAGIC: &[u8; 16] = b"deltamem-store\0\n";
+/// What the header's check is derived for, in every version.
+const CHECK: &str = "deltamem_rt store: header 1";
 
 /// Brings a store from the version of its index plus one to the next. A step may be cut off anywhere and is then made again, so
 /// it must bear that; the header's version goes up after it.
@@ -62,7 +64,7 @@ fn header(version: u32, vault: &Vault, id: [u8; 16]) -> Vec<u8> {
         .u32(version)
         .raw(&id)
         .maybe_id(vault.check().as_ref());
-    let check = blake3::derive_key("deltamem_rt store: header 1", &out.0);
+    let check = blake3::derive_key(CHECK, &out.0);
     out.raw(&check);
     out.0
 }
@@ -79,7 +81,12 @@ fn read(raw: &[u8], backend: &dyn Backend, vault: &Vault, newest: u32) -> Result
             ),
         });
     }
-    let damaged = |what| Error::damaged(format!("the header of {}", place()), what);
+    let damaged = |what: String| Error::damaged(format!("the header of {}", place()), what);
+    // Of every version: the magic, the version, and the check of all before at the end. A flipped bit is not a newer version.
+    let (content, check) = raw.split_at(raw.len().saturating_sub(32));
+    if check != blake3::derive_key(CHECK, content) {
+        return Err(damaged("its check does not belong to its bytes".into()));
+    }
     let version = from.u32("version").map_err(damaged)?;
     if version > newest {
         return Err(Error::Newer {
@@ -88,15 +95,12 @@ fn read(raw: &[u8], backend: &dyn Backend, vault: &Vault, newest: u32) -> Result
             known: newest,
         });
     }
+    if version == 0 {
+        return Err(damaged("it says version 0, and the first is 1".into()));
+    }
     let id = from.array("id").map_err(damaged)?;
     let check = from.maybe_id("key's check").map_err(damaged)?;
-    let content = raw.len().saturating_sub(32);
-    if from.array::<32>("check").map_err(damaged)?
-        != blake3::derive_key("deltamem_rt store: header 1", &raw[..content])
-        || version == 0
-    {
-        return Err(damaged("its check does not belong to its bytes".into()));
-    }
+    from.array::<32>("check").map_err(damaged)?;
     from.end().map_err(damaged)?;
     let problem = match (check, vault.check()) {
         (found, given) if found == given => return Ok((version, id)),
@@ -191,7 +195,9 @@ mod tests {
         for bit in 0..good.len() * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
-            assert!(read(&bad, &backend, &vault, SCHEMA).is_err(), "bit {bit}");
+            let error = read(&bad, &backend, &vault, SCHEMA).unwrap_err();
+            let named = matches!(error, Error::Damaged { .. } | Error::NotAStore { .. });
+            assert!(named, "bit {bit}: {error}");
         }
         for end in 0..good.len() {
             assert!(

@@ -1,9 +1,17 @@
-"""Tells a session facts and asks for them."""
+"""Tells a session facts or a few tokens, and asks for the facts."""
 
 from __future__ import annotations
 
+import numpy as np
+
 import deltamem_rt as dm
 from deltamem_rt._cli.demo.cast import Fact, is_right
+
+
+def fed(session: dm.Session, seed: int, count: int = 4) -> None:
+    """A turn of a few tokens that no two seeds share."""
+    session.feed(np.random.default_rng(seed).integers(3, 2000, count))
+    session.end_turn()
 
 
 def tell(session: dm.Session, fact: Fact) -> None:

@@ -7,16 +7,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import deltamem_rt as dm
-from telling import knows, tell
-
-
-def fed(session: dm.Session, seed: int, count: int = 4) -> None:
-    session.feed(np.random.default_rng(seed).integers(3, 2000, count))
-    session.end_turn()
+from telling import fed, knows, tell
 
 
 def grown(model: dm.Model, store: dm.Store, name: str = "ada", commits: int = 3) -> list[dm.Commit]:

@@ -12,12 +12,7 @@ import pytest
 
 import deltamem_rt as dm
 from sealing import resealed
-
-
-def fed(session: dm.Session, seed: int, count: int = 4) -> None:
-    """A turn of a few tokens that no two seeds share."""
-    session.feed(np.random.default_rng(seed).integers(3, 2000, count))
-    session.end_turn()
+from telling import fed
 
 
 @pytest.fixture

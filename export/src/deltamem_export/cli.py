@@ -55,19 +55,14 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         epilog="example: deltamem-export bundle --backbone Qwen3-4B-Instruct-2507 --adapter delta-mem --precision int4 --out my-bundle",
     )
     bundle.add_argument("--backbone", required=True, metavar="DIR", help="a Hugging Face model folder")
-    bundle.add_argument(
-        "--adapter", required=True, metavar="DIR", help="a folder with delta_mem_config.json and its tensors"
-    )
-    bundle.add_argument("--out", required=True, metavar="DIR", help="the bundle's directory, made whole or not at all")
+    _add_adapter_and_out(bundle)
     bundle.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16", "int8", "int4"),
         default="fp32",
         help="of the backbone; the memory is float32; bf16 runs on CUDA only (default fp32)",
     )
-    bundle.add_argument("--name", help="the bundle's name (default: the directory's)")
-    bundle.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
-    _add_check(bundle)
+    _add_sealing(bundle)
     bundle.add_argument(
         "--int4-block-size",
         type=int,
@@ -115,19 +110,14 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     graft.add_argument(
         "--backbone", required=True, metavar="DIR", help="the Hugging Face folder that it was exported from"
     )
-    graft.add_argument(
-        "--adapter", required=True, metavar="DIR", help="a folder with delta_mem_config.json and its tensors"
-    )
-    graft.add_argument("--out", required=True, metavar="DIR", help="the bundle's directory, made whole or not at all")
+    _add_adapter_and_out(graft)
     graft.add_argument(
         "--mapping", metavar="FILE", help="JSON that names layers' values, inputs and outputs (docs/export.md)"
     )
     graft.add_argument(
         "--precision", choices=("fp32", "fp16"), default="fp32", help="what the ONNX is in (default fp32)"
     )
-    graft.add_argument("--name", help="the bundle's name (default: the directory's)")
-    graft.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
-    _add_check(graft)
+    _add_sealing(graft)
     graft.set_defaults(run=_graft)
 
     inspect = commands.add_parser("inspect", help="show what a bundle or an adapter is")
@@ -184,6 +174,19 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         training_cli.add_arguments(train)
         train.set_defaults(run=training_cli.run)
     return parser
+
+
+def _add_adapter_and_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="a folder with delta_mem_config.json and its tensors"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the bundle's directory, made whole or not at all")
+
+
+def _add_sealing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", help="the bundle's name (default: the directory's)")
+    parser.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
+    _add_check(parser)
 
 
 def _add_check(command: argparse.ArgumentParser) -> None:

@@ -128,6 +128,15 @@ pub struct Page<T> {
     pub next: Option<Cursor>,
 }
 
+impl<T> Page<T> {
+    /// A page of a listing in the order of ids: there may be more behind one that is full.
+    fn of_ordered(items: Vec<T>, limit: usize, id: impl Fn(&T) -> [u8; 32]) -> Self {
+        let last = items.last().filter(|_| items.len() >= limit);
+        let next = last.map(|item| Cursor(id(item).to_vec()));
+        Self { items, next }
+    }
+}
+
 /// Where a listing goes on: bytes that only the backend understands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cursor(pub Vec<u8>);

@@ -106,10 +106,14 @@ pub(crate) struct Edit {
 impl Edit {
     /// A change that begins with the memory as it is.
     pub(crate) fn of(opened: &Opened, now: u64) -> Self {
+        Self::new(opened.group, opened.domain.clone(), opened.record.clone(), now)
+    }
+
+    fn new(group: Group, domain: Domain, record: Record, now: u64) -> Self {
         Self {
-            group: opened.group,
-            domain: opened.domain.clone(),
-            record: opened.record.clone(),
+            group,
+            domain,
+            record,
             puts: Vec::new(),
             deletes: Vec::new(),
             moves: Vec::new(),
@@ -430,31 +434,23 @@ impl Store {
     /// The beginning of a memory that does not exist yet.
     pub(crate) fn new_memory(&self, name: &str, head: &str, now: u64) -> Result<Edit, Error> {
         let group = self.vault.group(name);
-        Ok(Edit {
-            group,
-            domain: self.vault.new_domain(group)?,
-            record: Record {
-                name: name.to_owned(),
-                instance: random()?,
-                version: 0,
-                created_ms: now,
-                touched_ms: now,
-                ttl_ms: self.options.ttl_ms,
-                limits: self.options.limits,
-                usage: Usage::default(),
-                head: head.to_owned(),
-                refs: BTreeMap::new(),
-                moves: 0,
-                oldest_move: 0,
-                shallow: std::collections::BTreeSet::new(),
-            },
-            puts: Vec::new(),
-            deletes: Vec::new(),
-            moves: Vec::new(),
-            remove: false,
-            nothing: false,
-            now,
-        })
+        let domain = self.vault.new_domain(group)?;
+        let record = Record {
+            name: name.to_owned(),
+            instance: random()?,
+            version: 0,
+            created_ms: now,
+            touched_ms: now,
+            ttl_ms: self.options.ttl_ms,
+            limits: self.options.limits,
+            usage: Usage::default(),
+            head: head.to_owned(),
+            refs: BTreeMap::new(),
+            moves: 0,
+            oldest_move: 0,
+            shallow: std::collections::BTreeSet::new(),
+        };
+        Ok(Edit::new(group, domain, record, now))
     }
 
     /// Objects of one kind by id; each that is there is opened, and its bytes are what was written.

@@ -16,17 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use deltamem_store::backend::Backend;
-use deltamem_store::backend::redb::{RedbBackend, RedbOptions, SalvageBackend};
+use deltamem_store::backend::redb::SalvageBackend;
 use deltamem_store::{CommitId, Error, Options, Store};
-use suite::memories::{commit, sealed, snapshot};
+use suite::memories::{commit, open_file as open, sealed, snapshot};
 use suite::workload::Dice;
-
-fn open(path: &Path, options: Options) -> Result<Store, Error> {
-    Store::open(
-        Arc::new(RedbBackend::open(path, RedbOptions::default())?),
-        options,
-    )
-}
 
 fn keyed(keyed: bool) -> Options {
     if keyed { sealed() } else { Options::default() }

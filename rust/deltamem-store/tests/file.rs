@@ -17,14 +17,7 @@ use deltamem_store::backend::redb::{RedbBackend, RedbOptions};
 use deltamem_store::backend::{Batch, Group, HeadChange, Key, Kind};
 use deltamem_store::{Error, GcOptions, NewCommit, Options, Store, StoreKey};
 use suite::disk::Disk;
-use suite::memories::{commit, sealed, snapshot};
-
-fn open(path: &Path, options: Options) -> Result<Store, Error> {
-    Store::open(
-        Arc::new(RedbBackend::open(path, RedbOptions::default())?),
-        options,
-    )
-}
+use suite::memories::{commit, open_file as open, sealed, snapshot};
 
 fn holds(path: &Path, needle: &[u8]) -> bool {
     let bytes = std::fs::read(path).unwrap();

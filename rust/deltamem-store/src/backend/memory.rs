@@ -96,10 +96,7 @@ impl Backend for MemoryBackend {
             .take(limit.max(1))
             .map(|(key, value)| (*key, value.clone()))
             .collect();
-        let next = (items.len() == limit.max(1))
-            .then(|| items.last().map(|(key, _)| Cursor(key.id.to_vec())))
-            .flatten();
-        Ok(Page { items, next })
+        Ok(Page::of_ordered(items, limit.max(1), |(key, _)| key.id))
     }
 
     fn groups(&self, from: Option<&Cursor>, limit: usize) -> Result<Page<(Group, Vec<u8>)>, Error> {
@@ -110,10 +107,7 @@ impl Backend for MemoryBackend {
             .take(limit.max(1))
             .map(|(group, content)| (*group, content.head.clone()))
             .collect();
-        let next = (items.len() == limit.max(1))
-            .then(|| items.last().map(|(group, _)| Cursor(group.0.to_vec())))
-            .flatten();
-        Ok(Page { items, next })
+        Ok(Page::of_ordered(items, limit.max(1), |(group, _)| group.0))
     }
 
     fn compact(&self) -> Result<Compacted, Error> {

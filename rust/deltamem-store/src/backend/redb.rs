@@ -497,12 +497,7 @@ impl Backend for RedbBackend {
                     break;
                 }
             }
-            let full = items.len() >= limit.max(1);
-            let next = items
-                .last()
-                .filter(|_| full)
-                .map(|(key, _)| Cursor(key.id.to_vec()));
-            Ok(Page { items, next })
+            Ok(Page::of_ordered(items, limit.max(1), |(key, _)| key.id))
         })
     }
 
@@ -528,12 +523,7 @@ impl Backend for RedbBackend {
                     break;
                 }
             }
-            let full = items.len() >= limit.max(1);
-            let next = items
-                .last()
-                .filter(|_| full)
-                .map(|(group, _)| Cursor(group.0.to_vec()));
-            Ok(Page { items, next })
+            Ok(Page::of_ordered(items, limit.max(1), |(group, _)| group.0))
         })
     }
 

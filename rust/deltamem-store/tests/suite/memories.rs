@@ -3,10 +3,12 @@
 
 #![allow(dead_code)] // each test file uses the part that it needs
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use deltamem_core::{Fingerprint, Geometry, SamplerState, Snapshot};
+use deltamem_store::backend::redb::{RedbBackend, RedbOptions};
 use deltamem_store::{
     Commit, CommitId, Error, GcOptions, Limits, Model, NewCommit, Options, Parts, RefKind, Relation, Store,
     StoreKey, WhenFull,
@@ -53,6 +55,14 @@ pub fn ticking() -> Options {
         clock: Arc::new(move || hands.fetch_add(1, Ordering::SeqCst)),
         ..Options::default()
     }
+}
+
+/// The store in the file at `path`.
+pub fn open_file(path: &Path, options: Options) -> Result<Store, Error> {
+    Store::open(
+        Arc::new(RedbBackend::open(path, RedbOptions::default())?),
+        options,
+    )
 }
 
 pub fn sealed() -> Options {

@@ -1,7 +1,7 @@
 """The `deltamem` command: it reads arguments, calls one module per command, and turns errors into one line and an exit code.
 
-0: done. 1: it ran and failed. 2: the command line, or a file that it names, is wrong. 130: Ctrl-C. An error that is nobody's fault but
-ours keeps its traceback.
+0: done. 1: it ran and failed. 2: the command line, or what it names, is wrong. 130: Ctrl-C. An error that is nobody's fault but ours
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,15 +10,49 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from deltamem_rt import __version__
-from deltamem_rt.errors import BundleError, DeltaMemError, FingerprintError, SnapshotError, TextError
+from deltamem_rt.errors import (
+    BundleError,
+    DeltaMemError,
+    ExistsError,
+    FingerprintError,
+    NotFoundError,
+    RefError,
+    SnapshotError,
+    StoreFormatError,
+    StoreKeyError,
+    TextError,
+)
 
-from . import chat, demo, doctor, inspect
 from .arguments import UsageError
 from .terminal import explain
 
 __all__ = ["main"]
+
+_COMMANDS = {
+    "demo": "demo",
+    "chat": "chat",
+    "inspect": "inspect",
+    "doctor": "doctor",
+    "names": "memories.names",
+    "log": "memories.log",
+    "show": "memories.show",
+    "diff": "memories.diff",
+    "blame": "memories.blame",
+    "branch": "memories.refs",
+    "tag": "memories.refs",
+    "merge": "memories.merge",
+    "rollback": "memories.rollback",
+    "reflog": "memories.reflog",
+    "export": "memories.transfer",
+    "import": "memories.transfer",
+    "delete": "memories.delete",
+    "gc": "memories.gc",
+    "verify": "memories.verify",
+}
+"""Each command and the module that adds it to the parser and runs it."""
 
 _USERS_MISTAKE = (
     UsageError,
@@ -26,7 +60,13 @@ _USERS_MISTAKE = (
     FingerprintError,
     SnapshotError,
     TextError,
+    NotFoundError,
+    ExistsError,
+    RefError,
+    StoreKeyError,
+    StoreFormatError,
     FileNotFoundError,
+    FileExistsError,
     IsADirectoryError,
     NotADirectoryError,
     PermissionError,
@@ -35,16 +75,10 @@ _USERS_MISTAKE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `arguments` defaults to those of the process."""
-    parser = argparse.ArgumentParser(
-        prog="deltamem",
-        description="Language models with a small memory that goes on: look, talk, measure.",
-        epilog="deltamem demo is the place to begin.",
-    )
-    parser.add_argument("--version", action="version", version=f"deltamem-rt {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, chat, inspect, doctor):
-        command.add_parser(commands)
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    # One command's module is loaded, not all: `deltamem log` waits for no NumPy.
+    known = words[:1] if words and words[0] in _COMMANDS else list(_COMMANDS)
+    options = parser(known).parse_args(words)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -60,6 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     return code
+
+
+def parser(names: Sequence[str] = tuple(_COMMANDS)) -> argparse.ArgumentParser:
+    """The parser of these commands; loads their modules."""
+    made = argparse.ArgumentParser(
+        prog="deltamem",
+        description="Language models with a small memory that goes on: look, talk, measure; and memories in a store, as Git has it.",
+        epilog="deltamem demo is the place to begin.",
+    )
+    made.add_argument("--version", action="version", version=f"deltamem-rt {__version__}")
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in dict.fromkeys(_COMMANDS[name] for name in names):
+        import_module(f".{module}", __package__).add_parser(commands)
+    return made
 
 
 def _say(error: BaseException, code: int) -> int:

@@ -61,6 +61,18 @@ class Terminal:
         """The text, in cyan."""
         return self._sgr("36", text)
 
+    def mark(self, text: str) -> str:
+        """The text, in yellow."""
+        return self._sgr("33", text)
+
+    def hue(self, number: int, text: str) -> str:
+        """The text, in one of six colours; numbers that follow each other differ."""
+        return self._sgr(str(31 + number % 6), text)
+
+    def fits(self, text: str, used: int = 0) -> str:
+        """One line of the text, cut to what is left of the terminal's width; whole where a program reads it."""
+        return shorten(text, max(self.width - used, 10) if self.live else sys.maxsize)
+
     def prompt(self, text: str) -> str:
         """A prompt for `input`, in colour; readline is told which of its characters take no room."""
         return re.sub(r"\x1b\[\d+m", "\x01\\g<0>\x02", self.accent(text))
@@ -144,7 +156,7 @@ def count(number: int, what: str) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """An error in one line; a file's error as words and its name, without the number."""
+    """An error in one line that steers no terminal; a file's error as words and its name, without the number."""
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{error.filename}: {error.strerror}")
+    return printable(" ".join(str(error).split())) or type(error).__name__

@@ -102,3 +102,9 @@ const fn round(value: f64) -> f32 {
 fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
+
+/// The singular values of a square matrix, the largest first, for tests of what computes them otherwise.
+#[cfg(test)]
+pub(crate) fn singular_values(matrix: &[f64], rank: usize) -> Vec<f64> {
+    svd::Svd::of(matrix, rank).values
+}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamem_rt._cli.arguments import UsageError
-from deltamem_rt._cli.demo.cast import Fact, Relation, chance, draw, is_right, read_relations
+from deltamem_rt._cli.demo.cast import Fact, Relation, chance, contradict, draw, draw_more, is_right, read_relations
 from deltamem_rt._cli.demo.talk import Talk, read_messages
 
 COLOURS = ("blue", "dark blue", "red", "sea green")
@@ -60,6 +61,25 @@ def test_nobody_tells_the_same_kind_of_fact_twice():
     for person in draw(RELATIONS, random.Random(0), people=20, facts=2):
         assert len({fact.relation for fact in person.facts}) == 2
         assert all(fact.value in fact.told for fact in person.facts)
+
+
+def test_more_facts_are_of_kinds_that_were_not_told():
+    relations = [replace(RELATIONS[0], name=str(number)) for number in range(9)]
+    person = draw(relations, random.Random(0), people=1, facts=4)[0]
+    for wanted, drawn in ((2, 2), (3, 2), (4, 4), (8, 4)):
+        more = draw_more(relations, random.Random(1), person, wanted)
+        assert len({fact.relation for fact in (*person.facts, *more)}) == 4 + drawn
+    assert draw_more(relations[:5], random.Random(1), draw(relations[:5], random.Random(0), 1, 4)[0], 8) == ()
+
+
+def test_a_false_fact_is_of_the_same_kind_and_question_with_another_value():
+    for seed in range(50):
+        fact = draw(RELATIONS, random.Random(seed), people=1, facts=1)[0].facts[0]
+        false = contradict(RELATIONS, random.Random(seed), fact)
+        assert (false.relation, false.question, false.values) == (fact.relation, fact.question, fact.values)
+        assert false.value != fact.value
+        assert false.value in false.told
+        assert not is_right(f"It is {false.value}.", fact)
 
 
 def test_chance_is_one_in_the_number_of_values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def read_relations(path: Path) -> list[Relation]:
 
 def _relation(entry: dict[str, Any]) -> Relation:
     relation = Relation(str(entry["name"]), *(tuple(map(str, entry[key])) for key in ("values", "tell", "ask")))
-    if len(relation.values) < 2 or not relation.tell or not relation.ask:
+    if len(set(relation.values)) < 2 or not relation.tell or not relation.ask:
         raise ValueError(f"relation {relation.name!r} needs two values, a way to tell it and a way to ask for it")
     if any("{value}" not in phrase for phrase in relation.tell):
         raise ValueError(f"relation {relation.name!r} has a way to tell it with no place for {{value}}")
@@ -73,8 +73,25 @@ def draw(relations: list[Relation], rng: random.Random, people: int, facts: int)
     ]
 
 
+def draw_more(relations: list[Relation], rng: random.Random, person: Person, facts: int) -> tuple[Fact, ...]:
+    """Draws up to `facts` more facts, an even number of them, of relations that the person has told nothing of."""
+    told = {fact.relation for fact in person.facts}
+    left = [relation for relation in relations if relation.name not in told]
+    return tuple(_fact(relation, rng) for relation in rng.sample(left, min(facts, len(left)) // 2 * 2))
+
+
+def contradict(relations: list[Relation], rng: random.Random, fact: Fact) -> Fact:
+    """Draws the same kind of fact with another value; it is asked for in the same words."""
+    relation = next(relation for relation in relations if relation.name == fact.relation)
+    others = [value for value in dict.fromkeys(relation.values) if value != fact.value]
+    return replace(_with_value(relation, rng.choice(others), rng), question=fact.question)
+
+
 def _fact(relation: Relation, rng: random.Random) -> Fact:
-    value = rng.choice(relation.values)
+    return _with_value(relation, rng.choice(relation.values), rng)
+
+
+def _with_value(relation: Relation, value: str, rng: random.Random) -> Fact:
     told = rng.choice(relation.tell).replace("{value}", value)
     return Fact(relation.name, value, told, rng.choice(relation.ask), relation.values)
 

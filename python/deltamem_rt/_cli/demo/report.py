@@ -1,19 +1,22 @@
-"""What the demo shows while it runs, for a person at a terminal. It measures nothing itself."""
+"""What the demo shows of telling, asking and cost while it runs, for a person at a terminal. It measures nothing itself."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import textwrap
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from deltamem_rt._cli.terminal import Terminal, duration, pad, shorten, shorten_middle, size
+from deltamem_rt._cli.terminal import duration, pad, shorten, shorten_middle, size
 from deltamem_rt._native import Model
 
 from .cast import Fact, Person
 from .cost import MARKS, REPEATS, Cost
-from .restart import Restart
+from .screen import Screen
+
+NARROW = 100
+"""Columns below which the bare model's replies are shown by their mark alone."""
 
 SHOWN = 2
 """People whose answers are shown in full."""
@@ -57,8 +60,9 @@ class Row:
 class Report:
     """The demo, told to a person."""
 
-    def __init__(self, terminal: Terminal) -> None:
-        self.terminal = terminal
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.terminal = screen.terminal
         self.facts = 0
         self.people = 0
         self.count = 0
@@ -71,14 +75,12 @@ class Report:
         weights = sum(file.stat().st_size for file in model.path.glob("model.onnx*"))
         show()
         show(f"  {t.bold('δ-mem: a frozen model that remembers')}    {name}, seed {seed}")
-        show(
-            t.dim(
-                f"  {size(weights)} of weights on {model.device}, loaded in {duration(loading_s)}. They never change; "
-                f"a person's memory is {size(model.geometry.bytes)}."
-            )
+        self.screen.note(
+            f"{size(weights)} of weights on {model.device}, loaded in {duration(loading_s)}. They never change; "
+            f"a person's memory is {size(model.geometry.bytes)}.",
+            indent=2,
         )
-        self._heading(
-            1,
+        self.screen.heading(
             f"{self.people} {'people tell' if self.people > 1 else 'person tells'} {len(people[0].facts)} facts each",
             "Every message is a turn of its own. When it ends, its context is gone; only the memory goes on.",
         )
@@ -101,19 +103,7 @@ class Report:
             if self.people > 1
             else ""
         )
-        self.terminal.line(f"    {self.facts} turns in {duration(seconds)}.{others}")
-
-    def restarted(self, again: Restart) -> None:
-        """Another process took a memory over."""
-        t = self.terminal
-        self._heading(2, "The process restarts", "Person 1's memory goes into a file, and a new process takes it up.")
-        verdict = t.good("the same, bit for bit") if again.same_bytes else t.bad("NOT the same")
-        t.line(
-            f"    {size(again.snapshot_bytes)} written. Processes {os.getpid()} and {again.pid} each read {again.tokens} more tokens:"
-        )
-        t.line(f"    their memories are {verdict}.")
-        t.line(t.dim(f"    process {again.pid} was asked: {again.question}"))
-        t.line(t.dim(f"    and said: {shorten(again.reply, t.width - 16)}"))
+        self.screen.prose(f"{self.facts} turns in {duration(seconds)}.{others}")
 
     def streaming(self, person: int, people: int, tokens: int) -> None:
         """Talk goes by."""
@@ -122,20 +112,21 @@ class Report:
     def streamed(self, source: str, opening: str, each: int, tokens: int, seconds: float) -> None:
         """Talk has gone by."""
         self.terminal.progress_done()
-        self._heading(
-            3,
+        self.screen.heading(
             "Other talk goes by",
             f"Each person hears {each:,} tokens of {source}, from another place in it.",
         )
         self.terminal.line(self.terminal.dim(f"    “{shorten(opening, self.terminal.width - 8)}”"))
-        self.terminal.line(f"    {tokens:,} tokens in {duration(seconds)}, written into {self.people} memories.")
+        self.terminal.line(
+            f"    {tokens:,} tokens in {duration(seconds)}, written into {self.people} {'memories' if self.people > 1 else 'memory'}."
+        )
 
     def asking(self) -> None:
         """The questions begin."""
         t = self.terminal
         question, reply, blank = self._widths()
-        self._heading(
-            4, "The questions", "Same model, same words; on the left with the memory, in the middle without one."
+        self.screen.heading(
+            "The questions", "Same model, same words; on the left with the memory, in the middle without one."
         )
         t.line(t.dim(f"{'':4} {'':{question}} {pad('with memory', reply + 2)} {pad('without', blank + 2)} truth"))
 
@@ -154,7 +145,7 @@ class Report:
                     self._mark(row.right),
                     pad(row.reply, widths[1]),
                     self._mark(row.blank_right),
-                    t.dim(pad(row.blank, widths[2])),
+                    t.dim(pad(row.blank if t.width >= NARROW else "", widths[2])),
                     t.bold(row.fact.value),
                 )
             )
@@ -168,16 +159,13 @@ class Report:
         t.line()
         self._same_question(rows)
         t.line(
-            f"    of {len(rows)} answers right:  with memory {t.bold(t.good(f'{right} ({right / len(rows):.1%})'))}   "
+            f"    right of {len(rows)}:  with memory {t.bold(t.good(f'{right} ({right / len(rows):.1%})'))}   "
             f"without {t.bold(f'{blank} ({blank / len(rows):.1%})')}   guessing {by_chance:.1%}"
         )
         wrong = [row for row in rows if not row.right]
         for row in wrong[:3]:
-            t.line(
-                t.dim(
-                    f"    wrong: person {row.person}, {row.fact.question} {shorten(row.reply, 40)} (truth: {row.fact.value})"
-                )
-            )
+            text = f"wrong: person {row.person}, {row.fact.question} {row.reply} (truth: {row.fact.value})"
+            t.line(t.dim(f"    {shorten_middle(text, t.width - 6)}"))
 
     def _same_question(self, rows: list[Row]) -> None:
         """Two people who were asked for the same thing and told different values: whose memory is it?"""
@@ -200,8 +188,7 @@ class Report:
         """The cost of a turn was measured."""
         t = self.terminal
         t.progress_done()
-        self._heading(
-            5,
+        self.screen.heading(
             "What a turn costs",
             "From the message to the first token of the reply, after so many tokens of history.",
         )
@@ -219,32 +206,29 @@ class Report:
         for how, star in stars.items():
             if star:
                 t.line(t.dim(f"    {star} {how}"))
-        for line in textwrap.wrap(
+        self.screen.note(
             f"Measured: one session streamed {price.streamed_tokens:,} tokens ({price.tokens_per_second:,.0f} a second) and was timed at "
-            f"each mark, median of {REPEATS} turns; reading it again is the same engine and model reading those tokens anew.",
-            t.width - 6,
-        ):
-            t.line(t.dim(f"    {line}"))
-
-    def end(self, memory_bytes: int, seconds: float) -> None:
-        """The demo is over."""
-        t = self.terminal
-        t.line()
-        t.line(
-            f"  All of it in {memory_bytes:,} bytes a person and {duration(seconds)}. Talk to it yourself: {t.bold('deltamem chat')}"
+            f"each mark, median of {REPEATS} turns; reading it again is the same engine and model reading those tokens anew."
         )
-        t.line()
 
-    def _heading(self, number: int, title: str, text: str) -> None:
+    def end(self, memory_bytes: int, seconds: float, store: Path | None, name: str) -> None:
+        """The demo is over. `store` is where its memories are kept, None when they are gone."""
         t = self.terminal
         t.line()
-        t.line(f"  {t.bold(f'{number}  {title}')}")
-        for line in textwrap.wrap(text, t.width - 6):
-            t.line(t.dim(f"     {line}"))
+        t.line(f"  All of it in {memory_bytes:,} bytes a person and {duration(seconds)}.")
+        t.line(f"  Talk to it yourself: {t.bold('deltamem chat')}")
+        if store is None:
+            t.line(f"  The store is deleted; {t.bold('deltamem demo --store memories.db')} keeps it.")
+        else:
+            t.line(f"  The memories are kept: {t.bold(f'deltamem log --store {shlex.quote(str(store))} {name}')}")
+        t.line()
 
     def _widths(self) -> tuple[int, int, int]:
         """Columns for the question, the reply with memory, and the reply without; the truth takes what is left."""
-        room = max(60, self.terminal.width - 26)
+        if self.terminal.width < NARROW:
+            room = max(48, self.terminal.width - 29)
+            return room * 54 // 100, room - room * 54 // 100, 5
+        room = self.terminal.width - 26
         question, reply = room * 38 // 100, room * 34 // 100
         return question, reply, room - question - reply
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from deltamem_rt._cli.arguments import UsageError
-from deltamem_rt._native import Model
+from deltamem_rt._native import Model, Session
 
 MESSAGES_A_TURN = 4
 TURN_LIMIT = 512
@@ -105,3 +105,10 @@ class Talk:
             # A message that encodes to nothing would never use up the tokens wanted.
             self._encoded[index] = self._model.encode(self.messages[index] + "\n") or self._model.encode(" ")
         return self._encoded[index]
+
+
+def play(session: Session, turns: Iterable[list[int]]) -> None:
+    """Feeds turns of token ids, each a turn of its own."""
+    for turn in turns:
+        session.feed(turn)
+        session.end_turn()

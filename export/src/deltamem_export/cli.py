@@ -22,7 +22,7 @@ CHECKS: dict[str, bool | str] = {"auto": True, "whole": "whole", "layers": "laye
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 where `verify` finds a difference, 2 for an error that the person can mend,
-    130 when interrupted."""
+    130 when interrupted; of `eval`, 1 where a control fails."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(training="train" in given[:1])
     args = parser.parse_args(given)
@@ -173,6 +173,18 @@ def _parser(training: bool) -> argparse.ArgumentParser:
 
         training_cli.add_arguments(train)
         train.set_defaults(run=training_cli.run)
+
+    from deltamem_export.evaluation import cli as evaluation_cli
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="measure whether a bundle's memory helps",
+        description="Runs a bundle on facts told, changed, asked for after talk, merged, and on recorded conversations, against no "
+        "memory, the history in the prompt and BM25. Writes report.json and a page. Exit code 1: a control failed.",
+        epilog="example: deltamem-export eval --bundle my-bundle --tasks recall,overwrite --against none,bm25 --report report",
+    )
+    evaluation_cli.add_arguments(evaluation)
+    evaluation.set_defaults(run=evaluation_cli.run)
     return parser
 
 

@@ -1,4 +1,5 @@
-"""The honest evaluation of a small memory: facts told in turns, talk in between, questions answered by greedy generation.
+"""The evaluation behind a model card, in PyTorch and in batches: facts told in turns, talk in between, questions answered greedily. The
+measurement of a bundle, by the runtime and against opponents, is `deltamem_export.evaluation`.
 
 Everything is graded exactly: the value must stand in the reply and no other value of that relation may. Seeds are disjoint from
 training by construction (evaluation seeds start at 10^6), and the held-out pairs and phrasings are never drawn in training.
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from deltamem_export.adapter import Adapter
+from deltamem_export.evaluation.conversations import read_talk as talk_turns
+from deltamem_export.evaluation.figures import Figure
 from deltamem_export.reference import MemoryHandle, attach
 from deltamem_export.scan import chunked_scan
 from deltamem_export.training.language import RELATIONS, Relation, Speaker, is_correct, mentions, says_unknown
@@ -31,25 +34,6 @@ from deltamem_export.training.tokenizer import Codec
 
 FIRST_SEED = 1_000_000
 MAX_NEW = 24
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A share of n cases with its 95 % Wilson interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, right: int, n: int) -> Figure:
-        if n == 0:
-            return cls(float("nan"), 0.0, 1.0, 0)
-        z, share = 1.959964, right / n
-        middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return cls(round(share, 4), round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4), n)
 
 
 class Conversations:
@@ -117,27 +101,6 @@ class Conversations:
         for i, b in enumerate(batch):
             ids[i, : len(b)] = torch.tensor(list(b), device=self.device)
         return ids, lengths
-
-
-def talk_turns(path: Path) -> list[str]:
-    """A conversation as user messages of one to three lines. JSON in the LoCoMo form, or plain text, one line a message."""
-    if path.suffix == ".json":
-        lines = []
-        for sample in json.loads(path.read_text(encoding="utf-8")):
-            talk = sample["conversation"]
-            sessions = sorted(
-                (k for k in talk if k.startswith("session_") and isinstance(talk[k], list)),
-                key=lambda k: int(k.split("_")[1]),
-            )
-            lines.extend(f"{m['speaker']}: {m['text']}" for k in sessions for m in talk[k] if m.get("text"))
-    else:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    turns, at, rng = [], 0, random.Random(0)
-    while at < len(lines):
-        count = rng.randint(1, 3)
-        turns.append("\n".join(lines[at : at + count]))
-        at += count
-    return turns
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ use suite::memories::{Hands, sealed};
 use suite::workload::{Dice, Work, broke, look, model, perform, work};
 
 fn open(disk: &Disk, options: Options) -> Result<Store, Error> {
-    // With a key, also as a long file is written: two syncs a commit, and which pages are free.
-    let read_whole = if options.key.is_some() { 0 } else { 64 << 20 };
+    // A journal that is brought in every few commits; with a key none at all.
+    let journal_bytes = if options.key.is_some() { 0 } else { 24 << 10 };
     let redb = RedbOptions {
-        read_whole,
+        journal_bytes,
         ..RedbOptions::default()
     };
     let backend = RedbBackend::open_media(Box::new(disk.clone()), redb)?;

@@ -19,9 +19,12 @@ use deltamem_store::{Error, GcOptions, NewCommit, Options, Store, StoreKey};
 use suite::disk::Disk;
 use suite::memories::{commit, open_file as open, sealed, snapshot};
 
+/// Whether these bytes stand in the store's file or its journal.
 fn holds(path: &Path, needle: &[u8]) -> bool {
-    let bytes = std::fs::read(path).unwrap();
-    bytes.windows(needle.len()).any(|window| window == needle)
+    let journal = std::fs::read(path.with_extension("journal")).unwrap_or_default();
+    let files = [std::fs::read(path).unwrap(), journal];
+    let mut windows = files.iter().flat_map(|bytes| bytes.windows(needle.len()));
+    windows.any(|window| window == needle)
 }
 
 /// A commit whose every part can be found in a file.

@@ -1,37 +1,50 @@
-//! The embedded backend: one file, by redb. A thread of its own writes: it takes every change that waits, makes them in one
-//! transaction, and each caller returns after the fsync that holds its change. Readers read the last transaction and wait for nobody.
+//! The embedded backend: one file, by redb, and a journal beside it while it is open for writing. Of the callers that want to write, one
+//! takes every change that waits, and writes them into the journal; each returns after the fsync that holds its change. From time to time
+//! all that the journal says is brought into redb's tree. Readers see the tree and the journal over it, and wait for nobody.
+//!
+//! ```text
+//! commit ──> queue ──> journal: one write, one fsync ──> pending ──(8 MiB, close, compaction)──> tree, one transaction
+//! read   <──────────────────────────────────────────── pending over tree
+//! ```
 //!
 //! redb promises no more than an error *or a panic* for a file that was changed behind its back, unless every open reads the whole file
 //! (`Builder::set_check_integrity_on_open`). So each call into it stands in [`guarded`], which turns a panic into [`Error::Damaged`]; what
 //! it returns is checked again by the store, value by value.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::JoinHandle;
 
 use parking_lot::{Mutex, RwLock};
 use redb::{
-    Builder, ConcurrencyMode, Database, Durability, ReadOnlyDatabase, ReadTransaction, ReadableDatabase,
-    ReadableTable, TableDefinition, TableError, WriteTransaction,
+    Builder, ConcurrencyMode, Database, ReadOnlyDatabase, ReadTransaction, ReadableDatabase, StorageBackend,
+    TableDefinition, TableError,
 };
 
 use super::memory::last;
-use super::{Applied, Backend, Batch, Compacted, Cursor, Group, HeadChange, Key, Kind, Page, Read};
+use super::{Applied, Backend, Batch, Compacted, Cursor, Group, Key, Kind, Page, Read};
 use crate::error::Error;
 
 mod carve;
+mod journal;
 mod media;
 mod overlay;
+mod pending;
+mod queue;
 mod salvage;
+mod writer;
 
 pub use media::Media;
 pub use salvage::SalvageBackend;
 
+use journal::{Contents, Mark, Trouble};
 use media::{Boxed, FileMedia};
-use overlay::Overlay;
+use pending::{Found, Item, Pending, merged};
+use queue::Queue;
+use writer::Writer;
 
 /// A group's head.
 const HEADS: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("heads");
@@ -40,9 +53,14 @@ const OBJECTS: TableDefinition<&[u8; 65], &[u8]> = TableDefinition::new("objects
 /// States: some KB each, apart, so that small values share pages with small ones.
 const STATES: TableDefinition<&[u8; 65], &[u8]> = TableDefinition::new("states");
 
-/// Changes that wait to be written before a caller waits to hand in its own.
-const QUEUE: usize = 1024;
-/// The most bytes of values in one transaction of several changes.
+/// What the tree says of its journal, under one key.
+const JOURNAL: TableDefinition<&str, &[u8]> = TableDefinition::new("journal");
+const JOURNAL_KEY: &str = "mark";
+
+/// Why a reader may not read.
+const KILLED: &str = "its last writer was killed, and a reader must not repair it: open it for writing once";
+
+/// The most bytes of values in one transaction, or one frame of the journal, of several changes.
 const TOGETHER: usize = 16 << 20;
 
 /// How a store's file is opened.
@@ -50,12 +68,12 @@ const TOGETHER: usize = 16 << 20;
 pub struct RedbOptions {
     /// Memory for pages, in bytes.
     pub cache_bytes: usize,
-    /// Whether other processes may read the file while one writes. A commit takes two fsyncs then, where it takes one; every process
-    /// must open the file the same way.
+    /// Whether other processes may read the file while one writes. There is no journal then, and a commit takes two fsyncs; every
+    /// process must open the file the same way.
     pub shared: bool,
-    /// After a kill, a file up to this length is read whole when it is opened, about a second a GB. For a longer one each commit takes
-    /// a second fsync, and writes down which pages are free, so that it opens at once whatever happened.
-    pub read_whole: u64,
+    /// How long the journal gets before it is brought into the tree, and the most memory that its changes take. 0: there is none, and a
+    /// commit takes two fsyncs.
+    pub journal_bytes: u64,
 }
 
 impl Default for RedbOptions {
@@ -63,7 +81,7 @@ impl Default for RedbOptions {
         Self {
             cache_bytes: 64 << 20,
             shared: false,
-            read_whole: 64 << 20,
+            journal_bytes: 8 << 20,
         }
     }
 }
@@ -98,7 +116,22 @@ impl Open {
         };
         begun.map_err(|error| wrong(place, "reading", error))
     }
+
+    fn close(self, place: &str) -> Result<(), Error> {
+        guarded(place, || match self {
+            Self::Writing(database) => database
+                .close()
+                .map_err(|error| wrong(place, "closing it", error)),
+            Self::Reading(database) => database
+                .close()
+                .map_err(|error| wrong(place, "closing it", error)),
+            Self::Failed(_) | Self::Closed => Ok(()),
+        })
+    }
 }
+
+/// A journal that is there, and what it holds.
+type Left = (Box<dyn StorageBackend>, Contents);
 
 struct Shared {
     media: Box<dyn Media>,
@@ -106,22 +139,18 @@ struct Shared {
     place: String,
     read_only: bool,
     database: RwLock<Open>,
+    /// What is in the journal and not in the tree.
+    pending: RwLock<Pending>,
     /// For a reader beside a writer: which file it reads.
     identity: Mutex<Option<(u64, u64)>>,
-}
-
-enum Job {
-    Apply(Batch, SyncSender<Result<Applied, Error>>),
-    Compact(SyncSender<Result<Compacted, Error>>),
-    Check(SyncSender<Result<Vec<(String, String)>, Error>>),
-    Reopen(SyncSender<Result<(), Error>>),
 }
 
 /// A store in one file.
 pub struct RedbBackend {
     shared: Arc<Shared>,
-    jobs: Mutex<Option<SyncSender<Job>>>,
-    writer: Mutex<Option<JoinHandle<()>>>,
+    queue: Queue<Batch, Result<Applied, Error>>,
+    /// Whoever is at work on the queue has it. `None`: the file is open for reading.
+    writer: Option<Mutex<Writer>>,
 }
 
 impl fmt::Debug for RedbBackend {
@@ -137,7 +166,8 @@ impl RedbBackend {
     /// Opens the file at `path` for writing, or makes it.
     ///
     /// # Errors
-    /// [`Error::Locked`] when another process has it open; [`Error::NotAStore`] and [`Error::Damaged`] for other files.
+    /// [`Error::Locked`] when another process has it open; [`Error::NotAStore`] and [`Error::Damaged`] for other files, and when its
+    /// journal is missing; [`Error::Unavailable`] when another file's journal lies beside it.
     pub fn open(path: &Path, options: RedbOptions) -> Result<Self, Error> {
         Self::open_media(Box::new(FileMedia::new(path, false)), options)
     }
@@ -152,19 +182,21 @@ impl RedbBackend {
             return Err(Error::file(path, "opening it", error));
         }
         let media = FileMedia::new(path, true);
-        let shared = Shared {
-            place: media.place(),
-            identity: Mutex::new(media.identity()),
-            media: Box::new(media),
-            options,
-            read_only: true,
-            database: RwLock::new(Open::Closed),
-        };
+        let shared = Shared::new(Box::new(media), options, true);
         *shared.database.write() = shared.open_reading()?;
+        if let Some((_, contents)) = shared.left(shared.mark()?)?
+            && !contents.batches.is_empty()
+        {
+            if shared.options.shared {
+                // A writer may come and bring them into the tree, and newer ones after them.
+                return Err(unavailable(&shared.place, KILLED));
+            }
+            shared.pending.write().extend(contents.batches);
+        }
         Ok(Self {
             shared: Arc::new(shared),
-            jobs: Mutex::new(None),
-            writer: Mutex::new(None),
+            queue: Queue::default(),
+            writer: None,
         })
     }
 
@@ -173,67 +205,49 @@ impl RedbBackend {
     /// # Errors
     /// As for [`RedbBackend::open`].
     pub fn open_media(media: Box<dyn Media>, options: RedbOptions) -> Result<Self, Error> {
-        let shared = Arc::new(Shared {
-            place: media.place(),
-            media,
-            options,
-            read_only: false,
-            database: RwLock::new(Open::Closed),
-            identity: Mutex::new(None),
-        });
-        *shared.database.write() = Open::Writing(shared.open_writing()?);
-        let (jobs, queue) = sync_channel(QUEUE);
-        let writer = Writer {
-            shared: shared.clone(),
-            unsettled: false,
-        };
-        let thread = std::thread::Builder::new()
-            .name("deltamem-store".into())
-            .spawn(move || writer.work(&queue))
-            .map_err(|source| Error::Io {
-                place: shared.place.clone(),
-                doing: "starting the writer's thread",
-                source,
-            })?;
+        let shared = Arc::new(Shared::new(media, options, false));
         Ok(Self {
+            writer: Some(Mutex::new(Writer::open(shared.clone())?)),
+            queue: Queue::default(),
             shared,
-            jobs: Mutex::new(Some(jobs)),
-            writer: Mutex::new(Some(thread)),
         })
     }
 
-    /// Hands a job to the writer and waits for what comes of it.
-    fn ask<T>(&self, job: impl FnOnce(SyncSender<Result<T, Error>>) -> Job) -> Result<T, Error> {
-        let place = &self.shared.place;
-        if self.shared.read_only {
-            return Err(Error::ReadOnly { place: place.clone() });
+    /// Has the writer do something while nobody writes.
+    fn alone<T>(&self, work: impl FnOnce(&mut Writer) -> Result<T, Error>) -> Result<T, Error> {
+        match &self.writer {
+            Some(writer) => self.queue.alone(|| work(&mut writer.lock())),
+            None => Err(Error::ReadOnly {
+                place: self.shared.place.clone(),
+            }),
         }
-        let closed = || unavailable(place, "it is closed");
-        let jobs = self.jobs.lock().clone().ok_or_else(closed)?;
-        let (reply, answer) = sync_channel(1);
-        jobs.send(job(reply)).map_err(|_| closed())?;
-        drop(jobs);
-        answer.recv().map_err(|_| closed())?
     }
 
-    fn reading<T>(&self, work: impl Fn(&ReadTransaction) -> Result<T, Error>) -> Result<T, Error> {
+    /// What `look` sees of the changes in the journal, and the tree under them at the same moment.
+    fn view<S>(&self, look: impl FnOnce(&Pending) -> S) -> Result<(S, ReadTransaction), Error> {
         let shared = &self.shared;
         if shared.read_only {
             shared.follow()?;
+        } else if matches!(*shared.database.read(), Open::Failed(_)) {
+            self.alone(Writer::ready)?;
         }
-        let once = || {
-            let open = shared.database.read();
-            guarded(&shared.place, || work(&open.begin(&shared.place)?))
-        };
-        let failed = matches!(*shared.database.read(), Open::Failed(_));
-        if failed && !shared.read_only {
-            self.ask(Job::Reopen)?;
-        }
-        once()
+        shared.view(look)
     }
 }
 
 impl Shared {
+    fn new(media: Box<dyn Media>, options: RedbOptions, read_only: bool) -> Self {
+        Self {
+            place: media.place(),
+            identity: Mutex::new(media.identity().filter(|_| read_only)),
+            media,
+            options,
+            read_only,
+            database: RwLock::new(Open::Closed),
+            pending: RwLock::default(),
+        }
+    }
+
     fn open_writing(&self) -> Result<Database, Error> {
         let storage = self
             .media
@@ -274,6 +288,72 @@ impl Shared {
         })
     }
 
+    /// Whether changes go into a journal.
+    fn journalled(&self) -> bool {
+        !self.options.shared && self.options.journal_bytes > 0
+    }
+
+    /// What the tree says of its journal.
+    fn mark(&self) -> Result<Option<Mark>, Error> {
+        let place = &self.place;
+        guarded(place, || {
+            let begun = self.database.read().begin(place)?;
+            mark_of(place, &begun)
+        })
+    }
+
+    /// The journal that is there, and what it holds.
+    fn left(&self, mark: Option<Mark>) -> Result<Option<Left>, Error> {
+        const DOING: &str = "reading its journal";
+        let file = self.media.journal(false);
+        let Some(file) = file.map_err(|source| failed(&self.place, DOING, source))? else {
+            return match mark {
+                Some(mark) if mark.open => Err(Error::damaged(
+                    &*self.place,
+                    "its journal, which has its last changes, is missing: put the file with the ending .journal back beside it, or \
+                     save what is in this file alone by a repair",
+                )),
+                _ => Ok(None),
+            };
+        };
+        match journal::read(&*file, mark) {
+            Ok(contents) => Ok(Some((file, contents))),
+            Err(trouble) => Err(self.of_journal(trouble)),
+        }
+    }
+
+    fn of_journal(&self, trouble: Trouble) -> Error {
+        match trouble {
+            Trouble::Io(source) => failed(&self.place, "reading its journal", source),
+            Trouble::Damaged(what) => Error::damaged(&*self.place, format!("its journal is damaged: {what}")),
+            Trouble::Foreign(what) => unavailable(
+                &self.place,
+                &format!(
+                    "the journal beside it (the ending is .journal) {what}; put the file back that it belongs to, or move it away"
+                ),
+            ),
+        }
+    }
+
+    fn size(&self, doing: &'static str) -> Result<u64, Error> {
+        self.media
+            .size()
+            .map_err(|source| failed(&self.place, doing, source))
+    }
+
+    fn view<S>(&self, look: impl FnOnce(&Pending) -> S) -> Result<(S, ReadTransaction), Error> {
+        let pending = self.pending.read();
+        let open = self.database.read();
+        let begun = guarded(&self.place, || open.begin(&self.place))?;
+        Ok((look(&pending), begun))
+    }
+
+    /// A group's head as it is now.
+    fn head(&self, group: Group) -> Result<Option<Vec<u8>>, Error> {
+        let (found, begun) = self.view(|pending| pending.head(group))?;
+        head_of(&self.place, &begun, group, found)
+    }
+
     /// For a reader: goes over to the file that took the place of the one it has open.
     fn follow(&self) -> Result<(), Error> {
         let mut known = self.identity.lock();
@@ -294,7 +374,7 @@ fn check_tables(place: &str, begun: &ReadTransaction) -> Result<(), Error> {
         .map_err(|error| wrong(place, "opening it", error))?;
     for table in tables {
         let name = redb::TableHandle::name(&table).to_owned();
-        if !["heads", "objects", "states"].contains(&name.as_str()) {
+        if !["heads", "objects", "states", "journal"].contains(&name.as_str()) {
             return Err(Error::NotAStore {
                 place: place.to_owned(),
                 what: format!("it is a redb database with a table {name:?}"),
@@ -371,10 +451,7 @@ pub(crate) fn wrong(place: &str, doing: &'static str, error: impl Into<redb::Err
         redb::Error::TableTypeMismatch { table, .. } | redb::Error::TableIsMultimap(table) => {
             not_ours(format!("its table {table:?} has other types"))
         }
-        redb::Error::RepairAborted => unavailable(
-            place,
-            "its last writer was killed, and a reader must not repair it: open it for writing once",
-        ),
+        redb::Error::RepairAborted => unavailable(place, KILLED),
         redb::Error::PreviousIo => unavailable(place, "an earlier write failed"),
         redb::Error::DatabaseClosed => unavailable(place, "it is closed"),
         redb::Error::Corrupted(what) => {
@@ -425,41 +502,46 @@ impl Backend for RedbBackend {
 
     fn read(&self, group: Group, keys: &[Key]) -> Result<Read, Error> {
         let place = &self.shared.place;
-        self.reading(|begun| {
-            let reading = |error| wrong(place, "reading", redb::Error::from(error));
-            let head = match table(place, begun, HEADS)? {
-                None => None,
-                Some(heads) => heads
-                    .get(&group.0)
-                    .map_err(reading)?
-                    .map(|head| head.value().to_vec()),
-            };
-            if keys.is_empty() {
-                return Ok(Read {
-                    head,
-                    values: Vec::new(),
-                });
-            }
-            let (objects, states) = (table(place, begun, OBJECTS)?, table(place, begun, STATES)?);
-            let mut values = Vec::with_capacity(keys.len());
-            for key in keys {
-                let table = if key.kind == Kind::State {
-                    &states
-                } else {
-                    &objects
-                };
-                let value = match table {
-                    None => None,
-                    Some(table) => table.get(&object_key(group, *key)).map_err(reading)?,
-                };
-                values.push(value.map(|value| value.value().to_vec()));
-            }
-            Ok(Read { head, values })
+        let look = |pending: &Pending| {
+            let values = keys.iter().map(|key| pending.value(group, *key));
+            (pending.head(group), values.collect::<Vec<_>>())
+        };
+        let ((head, values), begun) = self.view(look)?;
+        guarded(place, || {
+            let head = head_of(place, &begun, group, head)?;
+            let mut tables = HashMap::new();
+            let values = keys.iter().zip(values).map(|(key, found)| match found {
+                Found::Value(value) => Ok::<_, Error>(Some(value.to_vec())),
+                Found::Gone => Ok(None),
+                Found::Below => {
+                    let table = match tables.entry(key.kind == Kind::State) {
+                        Entry::Occupied(table) => table.into_mut(),
+                        Entry::Vacant(free) => free.insert(table(place, &begun, table_of(key.kind))?),
+                    };
+                    let Some(table) = table else {
+                        return Ok(None);
+                    };
+                    let value = table.get(&object_key(group, *key));
+                    let value = value.map_err(|error| wrong(place, "reading", redb::Error::from(error)))?;
+                    Ok(value.map(|value| value.value().to_vec()))
+                }
+            });
+            Ok(Read {
+                values: values.collect::<Result<_, _>>()?,
+                head,
+            })
         })
     }
 
     fn apply(&self, batch: Batch) -> Result<Applied, Error> {
-        self.ask(|reply| Job::Apply(batch, reply))
+        let place = &self.shared.place;
+        let Some(writer) = &self.writer else {
+            return Err(Error::ReadOnly { place: place.clone() });
+        };
+        let answer = self
+            .queue
+            .submit(batch, weight, TOGETHER, |batches| writer.lock().write(batches));
+        answer.unwrap_or_else(|| Err(unavailable(place, "a change had no answer")))
     }
 
     fn list(
@@ -470,105 +552,84 @@ impl Backend for RedbBackend {
         limit: usize,
     ) -> Result<Page<(Key, Vec<u8>)>, Error> {
         let place = &self.shared.place;
-        self.reading(|begun| {
-            let Some(table) = table(place, begun, table_of(kind))? else {
-                return Ok(Page {
-                    items: Vec::new(),
-                    next: None,
-                });
-            };
+        let ((mut said, cleared), begun) = self.view(|pending| pending.of(group, kind))?;
+        guarded(place, || {
             let reading = |error| wrong(place, "reading", redb::Error::from(error));
-            let start = object_key(
-                group,
-                Key {
-                    kind,
-                    id: last(from).unwrap_or([0; 32]),
-                },
-            );
-            let end = object_key(group, Key { kind, id: [0xFF; 32] });
-            let mut items = Vec::new();
-            for entry in table.range::<&[u8; 65]>(&start..=&end).map_err(reading)? {
+            let past = last(from);
+            said.retain(|(id, _)| past.is_none_or(|past| *id > past));
+            let (start, end) = (past.unwrap_or([0; 32]), [0xFF; 32]);
+            let [start, end] = [start, end].map(|id| object_key(group, Key { kind, id }));
+            let table = table(place, &begun, table_of(kind))?.filter(|_| !cleared);
+            let range = table.map(|table| table.range::<&[u8; 65]>(&start..=&end));
+            let below = range.transpose().map_err(reading)?.into_iter().flatten();
+            let below = below.map(|entry| {
                 let (key, value) = entry.map_err(reading)?;
-                let key = key_of(key.value(), kind);
-                if Some(key.id) != last(from) {
-                    items.push((key, value.value().to_vec()));
-                }
-                if items.len() >= limit.max(1) {
-                    break;
-                }
-            }
-            Ok(Page::of_ordered(items, limit.max(1), |(key, _)| key.id))
+                Ok((key_of(key.value(), kind).id, value.value().to_vec()))
+            });
+            let beyond = |entry: &Result<Item, Error>| !matches!(entry, Ok((id, _)) if Some(*id) == past);
+            let below = below.filter(beyond);
+            let items = merged(below, said, limit.max(1))?;
+            let items = items.into_iter().map(|(id, value)| (Key { kind, id }, value));
+            Ok(Page::of_ordered(items.collect(), limit.max(1), |(key, _)| key.id))
         })
     }
 
     fn groups(&self, from: Option<&Cursor>, limit: usize) -> Result<Page<(Group, Vec<u8>)>, Error> {
         let place = &self.shared.place;
-        self.reading(|begun| {
-            let Some(heads) = table(place, begun, HEADS)? else {
-                return Ok(Page {
-                    items: Vec::new(),
-                    next: None,
-                });
-            };
+        let past = last(from).unwrap_or(Group::STORE.0);
+        let look = |pending: &Pending| {
+            let heads = pending.heads().filter(|(group, _)| group.0 > past);
+            heads.map(|(group, head)| (group.0, head.clone())).collect()
+        };
+        let (said, begun) = self.view(look)?;
+        guarded(place, || {
             let reading = |error| wrong(place, "reading", redb::Error::from(error));
-            let start = last(from).unwrap_or(Group::STORE.0);
-            let mut items = Vec::new();
-            for entry in heads.range::<&[u8; 32]>(&start..).map_err(reading)? {
+            let range = table(place, &begun, HEADS)?.map(|heads| heads.range::<&[u8; 32]>(&past..));
+            let below = range.transpose().map_err(reading)?.into_iter().flatten();
+            let below = below.map(|entry| {
                 let (group, head) = entry.map_err(reading)?;
-                let group = Group(*group.value());
-                if group.0 != start && group != Group::STORE {
-                    items.push((group, head.value().to_vec()));
-                }
-                if items.len() >= limit.max(1) {
-                    break;
-                }
-            }
-            Ok(Page::of_ordered(items, limit.max(1), |(group, _)| group.0))
+                Ok((*group.value(), head.value().to_vec()))
+            });
+            let beyond = |entry: &Result<Item, Error>| !matches!(entry, Ok((id, _)) if *id == past);
+            let below = below.filter(beyond);
+            let items = merged(below, said, limit.max(1))?;
+            let items = items.into_iter().map(|(id, head)| (Group(id), head));
+            Ok(Page::of_ordered(items.collect(), limit.max(1), |(group, _)| {
+                group.0
+            }))
         })
     }
 
     fn compact(&self) -> Result<Compacted, Error> {
-        self.ask(Job::Compact)
+        self.alone(Writer::compact)
     }
 
     fn check(&self) -> Result<Vec<(String, String)>, Error> {
         if self.shared.read_only {
-            let found = self.reading(|begun| headless(&self.shared.place, begun));
-            return found.or_else(|error| as_finding(&self.shared.place, error));
+            let place = &self.shared.place;
+            let found = self.view(|_| ());
+            let found = found.and_then(|((), begun)| guarded(place, || headless(place, &begun)));
+            return found.or_else(|error| as_finding(place, error));
         }
-        self.ask(Job::Check)
+        self.alone(Writer::check)
     }
 
     fn size(&self) -> Result<u64, Error> {
-        self.shared
-            .media
-            .size()
-            .map_err(|source| failed(&self.shared.place, "asking for its length", source))
+        self.shared.size("asking for its length")
     }
 
     fn close(&self) -> Result<(), Error> {
-        drop(self.jobs.lock().take());
-        let thread = self.writer.lock().take();
-        if let Some(thread) = thread {
-            // The writer ends when its queue does; a panic of its own was answered already.
-            let _ = thread.join();
+        if self.writer.is_some() {
+            return self.alone(Writer::close);
         }
         let open = std::mem::replace(&mut *self.shared.database.write(), Open::Closed);
-        guarded(&self.shared.place, || match open {
-            Open::Writing(database) => database
-                .close()
-                .map_err(|error| wrong(&self.shared.place, "closing it", error)),
-            Open::Reading(database) => database
-                .close()
-                .map_err(|error| wrong(&self.shared.place, "closing it", error)),
-            Open::Failed(_) | Open::Closed => Ok(()),
-        })
+        open.close(&self.shared.place)
     }
 }
 
 impl Drop for RedbBackend {
     fn drop(&mut self) {
-        // Nobody is left to hear of it; an unclean end is repaired at the next open.
+        // Nobody is left to hear of it; what is in the journal is taken over at the next open.
         let _ = self.close();
     }
 }
@@ -616,383 +677,41 @@ fn headless(place: &str, begun: &ReadTransaction) -> Result<Vec<(String, String)
     Ok(found)
 }
 
-/// The same error for one more caller.
-fn once_more(error: &Error) -> Error {
-    match error {
-        Error::Full { place, reason } => Error::Full {
-            place: place.clone(),
-            reason: reason.clone(),
-        },
-        Error::Io { place, doing, source } => Error::Io {
-            place: place.clone(),
-            doing,
-            source: std::io::Error::new(source.kind(), source.to_string()),
-        },
-        Error::Unavailable { place, reason } => unavailable(place, reason),
-        other => unavailable("the store", &other.to_string()),
-    }
-}
-
-/// The thread that writes.
-struct Writer {
-    shared: Arc<Shared>,
-    /// The last promotion may not survive a power cut yet: nothing is acknowledged before it does.
-    unsettled: bool,
-}
-
-impl Writer {
-    fn work(mut self, queue: &Receiver<Job>) {
-        let mut waiting = None;
-        while let Some(job) = waiting.take().or_else(|| queue.recv().ok()) {
-            // A caller that is gone needs no answer.
-            match job {
-                Job::Compact(reply) => drop(reply.send(self.compact())),
-                Job::Check(reply) => drop(reply.send(self.check())),
-                Job::Reopen(reply) => drop(reply.send(self.ready())),
-                Job::Apply(batch, reply) => {
-                    let mut bytes = weight(&batch);
-                    let (mut batches, mut replies) = (vec![batch], vec![reply]);
-                    while bytes < TOGETHER && batches.len() < QUEUE {
-                        match queue.try_recv() {
-                            Ok(Job::Apply(batch, reply)) => {
-                                bytes += weight(&batch);
-                                batches.push(batch);
-                                replies.push(reply);
-                            }
-                            Ok(other) => {
-                                waiting = Some(other);
-                                break;
-                            }
-                            Err(_) => break,
-                        }
-                    }
-                    self.write(batches, &replies);
-                }
-            }
-        }
-    }
-
-    /// Makes several changes in one transaction, and answers each.
-    fn write(&mut self, batches: Vec<Batch>, replies: &[SyncSender<Result<Applied, Error>>]) {
-        match self.try_write(&batches) {
-            Ok(answers) => {
-                for (reply, answer) in replies.iter().zip(answers) {
-                    let _ = reply.send(Ok(answer));
-                }
-            }
-            Err(Error::Damaged { place, what }) => {
-                self.recover();
-                if let [reply] = replies {
-                    let _ = reply.send(Err(Error::Damaged { place, what }));
-                    return;
-                }
-                // One group's damage must not fail the others: each by itself.
-                for (batch, reply) in batches.into_iter().zip(replies) {
-                    let answer = self.write_alone(&batch);
-                    let _ = reply.send(answer);
-                }
-            }
-            Err(error) => {
-                self.recover();
-                for reply in replies {
-                    let _ = reply.send(Err(once_more(&error)));
-                }
-            }
-        }
-    }
-
-    fn write_alone(&mut self, batch: &Batch) -> Result<Applied, Error> {
-        match self.try_write(std::slice::from_ref(batch)) {
-            Ok(mut answers) => match answers.pop() {
-                // The transaction before, whose end was not known, holds it: heads never repeat.
-                Some(Applied::Refused { found: Some(found) })
-                    if batch.head == HeadChange::Put(found.clone()) =>
-                {
-                    Ok(Applied::Done)
-                }
-                Some(Applied::Refused { found: None }) if batch.head == HeadChange::Remove => {
-                    Ok(Applied::Done)
-                }
-                Some(answer) => Ok(answer),
-                None => Err(unavailable(&self.shared.place, "a change had no answer")),
-            },
-            Err(error) => {
-                self.recover();
-                Err(error)
-            }
-        }
-    }
-
-    fn try_write(&mut self, batches: &[Batch]) -> Result<Vec<Applied>, Error> {
-        self.ready()?;
-        let shared = self.shared.clone();
-        let place = &shared.place;
-        let open = shared.database.read();
-        let Open::Writing(database) = &*open else {
-            return Err(unavailable(place, "it is closed"));
-        };
-        guarded(place, || {
-            let mut begun = database
-                .begin_write()
-                .map_err(|error| wrong(place, "beginning to write", error))?;
-            begun
-                .set_durability(Durability::Immediate)
-                .map_err(|error| wrong(place, "beginning to write", error))?;
-            let length = shared
-                .media
-                .size()
-                .map_err(|source| failed(place, "asking for its length", source))?;
-            begun.set_quick_repair(length > shared.options.read_whole);
-            let answers = batches
-                .iter()
-                .map(|batch| make(place, &begun, batch))
-                .collect::<Result<Vec<_>, _>>()?;
-            if answers.contains(&Applied::Done) {
-                begun
-                    .commit()
-                    .map_err(|error| wrong(place, "committing", error))?;
-            } else {
-                begun
-                    .abort()
-                    .map_err(|error| wrong(place, "ending a change", error))?;
-            }
-            Ok(answers)
-        })
-    }
-
-    /// Sees to it that the database is open, and that what was renamed stays so.
-    fn ready(&mut self) -> Result<(), Error> {
-        let shared = &self.shared;
-        if matches!(*shared.database.read(), Open::Failed(_)) {
-            let opened = shared.open_writing()?;
-            *shared.database.write() = Open::Writing(opened);
-        }
-        if self.unsettled {
-            shared
-                .media
-                .settle()
-                .map_err(|source| failed(&shared.place, "syncing its directory", source))?;
-            self.unsettled = false;
-        }
-        Ok(())
-    }
-
-    /// After a failed write: closes the database, which redb asks for, and opens it again as the file has it.
-    fn recover(&mut self) {
-        let shared = &self.shared;
-        let mut database = shared.database.write();
-        if let Open::Writing(old) = std::mem::replace(&mut *database, Open::Closed) {
-            let _ = guarded(&shared.place, || {
-                drop(old);
-                Ok(())
-            });
-        }
-        *database = match shared.open_writing() {
-            Ok(opened) => Open::Writing(opened),
-            Err(error) => Open::Failed(format!(
-                "after a failed write it could not be opened again: {error}"
-            )),
-        };
-    }
-
-    /// Writes everything that there is into a new file, and puts that in the place of the old one. Bytes of what was deleted are in
-    /// no page of it.
-    fn compact(&mut self) -> Result<Compacted, Error> {
-        self.ready()?;
-        let shared = self.shared.clone();
-        let media = &*shared.media;
-        let place = &shared.place;
-        let size = |doing| media.size().map_err(|source| failed(place, doing, source));
-        let before = size("asking for its length")?;
-        let copied = self.copy();
-        let new = match copied {
-            Ok(new) => new,
-            Err(error) => {
-                media.discard_side();
-                return Err(error);
-            }
-        };
-        if let Err(source) = media.promote() {
-            let _ = guarded(place, || {
-                drop(new);
-                Ok(())
-            });
-            media.discard_side();
-            return Err(failed(place, "putting the new file in its place", source));
-        }
-        self.unsettled = true;
-        let old = std::mem::replace(&mut *shared.database.write(), Open::Writing(new));
-        let _ = guarded(place, || {
-            drop(old);
-            Ok(())
-        });
-        self.ready()?;
-        Ok(Compacted {
-            before,
-            after: size("asking for its length")?,
-        })
-    }
-
-    fn copy(&self) -> Result<Database, Error> {
-        const DOING: &str = "writing it anew";
-        let shared = &self.shared;
-        let place = &shared.place;
-        let side = shared
-            .media
-            .open_side()
-            .map_err(|source| failed(place, DOING, source))?;
-        let open = shared.database.read();
-        guarded(place, || {
-            let from = open.begin(place)?;
-            let mut new = shared
-                .options
-                .builder()
-                .create_with_backend(Boxed::for_writing(side))
-                .map_err(|error| wrong(place, DOING, error))?;
-            copy_table(place, &from, &new, HEADS)?;
-            copy_table(place, &from, &new, OBJECTS)?;
-            copy_table(place, &from, &new, STATES)?;
-            new.compact().map_err(|error| wrong(place, DOING, error))?;
-            Ok(new)
-        })
-    }
-
-    /// Opens the file once more, over an overlay, reading every page and its checksum; the file is not changed and readers do not wait.
-    fn check(&mut self) -> Result<Vec<(String, String)>, Error> {
-        self.ready()?;
-        let shared = &self.shared;
-        let place = &shared.place;
-        let checked = guarded(place, || {
-            let view = shared
-                .media
-                .view()
-                .map_err(|source| failed(place, "reading", source))?;
-            let overlay = Overlay::new(view).map_err(|source| failed(place, "reading", source))?;
-            let copy = Builder::new()
-                .set_cache_size(shared.options.cache_bytes)
-                .set_check_integrity_on_open(true)
-                .create_with_backend(overlay)
-                .map_err(|error| wrong(place, "checking its pages", error))?;
-            let begun = copy
-                .begin_read()
-                .map_err(|error| wrong(place, "checking its pages", error))?;
-            let mut found = headless(place, &begun)?;
-            // A damaged last transaction makes redb fall back on the one before, without a word.
-            let live = shared.database.read().begin(place)?;
-            if heads(place, &begun)? != heads(place, &live)? {
-                found.push((
-                    place.clone(),
-                    "the pages of its last transaction do not have their checksums".into(),
-                ));
-            }
-            Ok(found)
-        });
-        checked.or_else(|error| as_finding(place, error))
-    }
-}
-
-fn heads(place: &str, begun: &ReadTransaction) -> Result<blake3::Hash, Error> {
+/// What a tree says of its journal.
+fn mark_of(place: &str, begun: &ReadTransaction) -> Result<Option<Mark>, Error> {
     let reading = |error| wrong(place, "reading", redb::Error::from(error));
-    let mut hasher = blake3::Hasher::new();
-    if let Some(heads) = table(place, begun, HEADS)? {
-        for entry in heads.iter().map_err(reading)? {
-            let (group, head) = entry.map_err(reading)?;
-            hasher
-                .update(group.value())
-                .update(blake3::hash(head.value()).as_bytes());
-        }
-    }
-    Ok(hasher.finalize())
+    let Some(table) = table(place, begun, JOURNAL)? else {
+        return Ok(None);
+    };
+    let Some(mark) = table.get(JOURNAL_KEY).map_err(reading)? else {
+        return Ok(None);
+    };
+    let mark = Mark::decode(mark.value());
+    mark.map(Some)
+        .map_err(|what| Error::damaged(place, format!("what it says of its journal is damaged: {what}")))
 }
 
-/// Copies a table in the order of its keys, some MB a transaction; the last one is synced.
-fn copy_table<K: redb::Key + 'static>(
+/// A group's head: what was found of it over the tree, else the tree's.
+fn head_of(
     place: &str,
-    from: &ReadTransaction,
-    to: &Database,
-    definition: TableDefinition<'_, K, &'static [u8]>,
-) -> Result<(), Error> {
-    const DOING: &str = "writing it anew";
-    let reading = |error| wrong(place, DOING, redb::Error::from(error));
-    let Some(source) = table(place, from, definition)? else {
-        return Ok(());
-    };
-    let mut entries = source.iter().map_err(reading)?;
-    let mut more = true;
-    while more {
-        let begun = to.begin_write().map_err(|error| wrong(place, DOING, error))?;
-        {
-            let mut target = begun
-                .open_table(definition)
-                .map_err(|error| wrong(place, DOING, error))?;
-            let mut bytes = 0;
-            while bytes < TOGETHER {
-                let Some(entry) = entries.next() else {
-                    more = false;
-                    break;
-                };
-                let (key, value) = entry.map_err(reading)?;
-                bytes += value.value().len();
-                target.insert(key.value(), value.value()).map_err(reading)?;
-            }
-        }
-        begun.commit().map_err(|error| wrong(place, DOING, error))?;
+    begun: &ReadTransaction,
+    group: Group,
+    found: Found,
+) -> Result<Option<Vec<u8>>, Error> {
+    match found {
+        Found::Value(head) => Ok(Some(head.to_vec())),
+        Found::Gone => Ok(None),
+        Found::Below => guarded(place, || {
+            let reading = |error| wrong(place, "reading", redb::Error::from(error));
+            let Some(heads) = table(place, begun, HEADS)? else {
+                return Ok(None);
+            };
+            let head = heads.get(&group.0).map_err(reading)?;
+            Ok(head.map(|head| head.value().to_vec()))
+        }),
     }
-    Ok(())
 }
 
 fn weight(batch: &Batch) -> usize {
     batch.puts.iter().map(|(_, value)| value.len()).sum()
-}
-
-/// Makes one change in a transaction, if its group's head is the expected one there.
-fn make(place: &str, begun: &WriteTransaction, batch: &Batch) -> Result<Applied, Error> {
-    let writing = |error| wrong(place, "writing", redb::Error::from(error));
-    let opening = |error| wrong(place, "writing", redb::Error::from(error));
-    let group = batch.group;
-    {
-        let mut heads = begun.open_table(HEADS).map_err(opening)?;
-        let found = heads
-            .get(&group.0)
-            .map_err(writing)?
-            .map(|head| head.value().to_vec());
-        if found != batch.expected {
-            return Ok(Applied::Refused { found });
-        }
-        match &batch.head {
-            HeadChange::Keep => {}
-            HeadChange::Put(head) => {
-                heads.insert(&group.0, head.as_slice()).map_err(writing)?;
-            }
-            HeadChange::Remove => {
-                heads.remove(&group.0).map_err(writing)?;
-            }
-        }
-    }
-    for (definition, states) in [(OBJECTS, false), (STATES, true)] {
-        let ours = |key: &Key| (key.kind == Kind::State) == states;
-        let clear = batch.clear || batch.head == HeadChange::Remove;
-        let any = batch.deletes.iter().any(ours) || batch.puts.iter().any(|(key, _)| ours(key));
-        if !clear && !any {
-            continue;
-        }
-        let mut table = begun.open_table(definition).map_err(opening)?;
-        if clear {
-            let (mut start, mut end) = ([0; 65], [0xFF; 65]);
-            start[..32].copy_from_slice(&group.0);
-            end[..32].copy_from_slice(&group.0);
-            table
-                .retain_in::<&[u8; 65], _>(&start..=&end, |_, _| false)
-                .map_err(writing)?;
-        }
-        for key in batch.deletes.iter().filter(|key| ours(key)) {
-            table.remove(&object_key(group, *key)).map_err(writing)?;
-        }
-        for (key, value) in batch.puts.iter().filter(|(key, _)| ours(key)) {
-            table
-                .insert(&object_key(group, *key), value.as_slice())
-                .map_err(writing)?;
-        }
-    }
-    Ok(Applied::Done)
 }

@@ -40,6 +40,9 @@ struct State {
     main: usize,
     durable_main: usize,
     side: Option<usize>,
+    /// The journal's file, now and, when it was removed since the directory was synced, after a power cut.
+    journal: Option<usize>,
+    durable_journal: Option<usize>,
     trouble: Trouble,
     operations: u64,
     writes: u64,
@@ -72,6 +75,8 @@ impl Disk {
             main: 0,
             durable_main: 0,
             side: None,
+            journal: None,
+            durable_journal: None,
             trouble: Trouble::None,
             operations: 0,
             writes: 0,
@@ -119,19 +124,41 @@ impl Disk {
         } else {
             state.durable_main
         };
-        let file = &state.files[main];
-        let mut image = file.durable.clone();
-        if file.live.len() != image.len() && survives() {
-            image.resize(file.live.len(), 0);
+        let journal = if survives() {
+            state.journal
+        } else {
+            state.durable_journal
+        };
+        let mut image = |number: usize| state.files[number].after_power_cut(&mut survives);
+        let left = Self::of(image(main));
+        if let Some(journal) = journal {
+            let bytes = image(journal);
+            let mut state = left.0.lock();
+            state.files.push(File {
+                durable: bytes.clone(),
+                live: bytes,
+                dirty: BTreeSet::new(),
+            });
+            (state.journal, state.durable_journal) = (Some(1), Some(1));
         }
-        for sector in &file.dirty {
+        left
+    }
+}
+
+impl File {
+    fn after_power_cut(&self, survives: &mut impl FnMut() -> bool) -> Vec<u8> {
+        let mut image = self.durable.clone();
+        if self.live.len() != image.len() && survives() {
+            image.resize(self.live.len(), 0);
+        }
+        for sector in &self.dirty {
             let start = sector * SECTOR;
-            let end = (start + SECTOR).min(image.len()).min(file.live.len());
+            let end = (start + SECTOR).min(image.len()).min(self.live.len());
             if start < end && survives() {
-                image[start..end].copy_from_slice(&file.live[start..end]);
+                image[start..end].copy_from_slice(&self.live[start..end]);
             }
         }
-        Self::of(image)
+        image
     }
 }
 
@@ -282,6 +309,7 @@ impl Media for Disk {
         state.sync()?;
         let old = state.durable_main;
         state.durable_main = state.main;
+        state.durable_journal = state.journal;
         if old != state.main {
             state.files[old] = File::default();
         }
@@ -295,9 +323,40 @@ impl Media for Disk {
         }
     }
 
+    fn journal(&self, make: bool) -> io::Result<Option<Box<dyn StorageBackend>>> {
+        let mut state = self.0.lock();
+        if state.out {
+            return Err(io::Error::other("the power is out"));
+        }
+        if make && state.journal.is_none() {
+            state.write()?;
+            state.files.push(File::default());
+            state.journal = Some(state.files.len() - 1);
+            // The directory is synced; if that fails it is there, and not for sure.
+            state.sync()?;
+            state.durable_journal = state.journal;
+        }
+        let handle = |file| Handle {
+            disk: self.clone(),
+            file,
+        };
+        Ok(state
+            .journal
+            .map(|file| Box::new(handle(file)) as Box<dyn StorageBackend>))
+    }
+
+    fn discard_journal(&self) -> io::Result<()> {
+        let mut state = self.0.lock();
+        state.write()?;
+        state.journal = None;
+        Ok(())
+    }
+
     fn size(&self) -> io::Result<u64> {
         let state = self.0.lock();
-        Ok(state.files[state.main].live.len() as u64)
+        let files = [Some(state.main), state.journal];
+        let length = |number: usize| state.files[number].live.len() as u64;
+        Ok(files.into_iter().flatten().map(length).sum())
     }
 
     fn identity(&self) -> Option<(u64, u64)> {

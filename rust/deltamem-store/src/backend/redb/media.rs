@@ -1,5 +1,5 @@
-//! Where a redb database's bytes lie: a file, and the file beside it that takes its place when the store is written anew. Tests give a
-//! media of their own that fails, fills up, or loses its power.
+//! Where a redb database's bytes lie: a file, its journal, and the file beside it that takes its place when the store is written anew.
+//! Tests give a media of their own that fails, fills up, or loses its power.
 
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
@@ -14,7 +14,7 @@ use redb::{BackendError, StorageBackend};
 use crate::error::place_of;
 use crate::transfer::sync_directory;
 
-/// A main file and one beside it.
+/// A main file, its journal, and a file that will take the main one's place.
 pub trait Media: Debug + Send + Sync {
     /// What messages call it.
     fn place(&self) -> String;
@@ -30,13 +30,17 @@ pub trait Media: Debug + Send + Sync {
     fn settle(&self) -> io::Result<()>;
     /// Removes the file beside, if there is one.
     fn discard_side(&self);
-    /// The main file's length.
+    /// The journal; if there is none it is made, and stays after a power cut, or there is none.
+    fn journal(&self, make: bool) -> io::Result<Option<Box<dyn StorageBackend>>>;
+    /// Removes the journal, if there is one.
+    fn discard_journal(&self) -> io::Result<()>;
+    /// The length of the main file and its journal.
     fn size(&self) -> io::Result<u64>;
     /// Which file the main one is; it changes with each promotion. `None` where the system does not say.
     fn identity(&self) -> Option<(u64, u64)>;
 }
 
-/// A path, and the same with `.new` behind it.
+/// A path, and the same with `.journal` and `.new` behind it.
 #[derive(Debug)]
 pub(crate) struct FileMedia {
     path: PathBuf,
@@ -51,10 +55,14 @@ impl FileMedia {
         }
     }
 
-    fn side(&self) -> PathBuf {
+    fn beside(&self, ending: &str) -> PathBuf {
         let mut name = self.path.as_os_str().to_owned();
-        name.push(".new");
+        name.push(ending);
         name.into()
+    }
+
+    fn side(&self) -> PathBuf {
+        self.beside(".new")
     }
 }
 
@@ -110,8 +118,35 @@ impl Media for FileMedia {
         let _ = std::fs::remove_file(self.side());
     }
 
+    fn journal(&self, make: bool) -> io::Result<Option<Box<dyn StorageBackend>>> {
+        let path = self.beside(".journal");
+        if make {
+            let file = options().open(&path)?;
+            sync_directory(&path)?;
+            return Ok(Some(Box::new(backend(file)?)));
+        }
+        let opened = if self.read_only {
+            File::open(&path)
+        } else {
+            OpenOptions::new().read(true).write(true).open(&path)
+        };
+        match opened {
+            Ok(file) => Ok(Some(Box::new(backend(file)?))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn discard_journal(&self) -> io::Result<()> {
+        match std::fs::remove_file(self.beside(".journal")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     fn size(&self) -> io::Result<u64> {
-        Ok(std::fs::metadata(&self.path)?.len())
+        let journal = std::fs::metadata(self.beside(".journal")).map_or(0, |found| found.len());
+        Ok(std::fs::metadata(&self.path)?.len() + journal)
     }
 
     fn identity(&self) -> Option<(u64, u64)> {

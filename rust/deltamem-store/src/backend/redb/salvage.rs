@@ -1,5 +1,6 @@
 //! What can still be read of a damaged file: opened over an overlay, so that it stays as it is, with whatever redb accepts of it, and
-//! read from both ends of each range up to the damage; where the tree itself is damaged, the rest is searched for page by page. For [`Store::repair`](crate::Store::repair) only.
+//! read from both ends of each range up to the damage; where the tree itself is damaged, the rest is searched for page by page. What of the
+//! journal can be read is taken too. For [`Store::repair`](crate::Store::repair) only.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -11,8 +12,10 @@ use redb::backends::FileBackend;
 use redb::{Builder, Database, ReadOnlyDatabase, ReadTransaction, ReadableDatabase, StorageBackend};
 
 use super::carve::{self, Carved};
+use super::media::{FileMedia, Media};
 use super::overlay::Overlay;
-use super::{HEADS, guarded, key_of, object_key, table, table_of, wrong};
+use super::pending::{Found, Pending};
+use super::{HEADS, guarded, journal, key_of, mark_of, object_key, table, table_of, wrong};
 use crate::backend::{Applied, Backend, Batch, Compacted, Cursor, Group, Key, Kind, Page, Read};
 use crate::error::{Error, place_of};
 
@@ -38,6 +41,8 @@ pub struct SalvageBackend {
     heads: BTreeMap<Group, Vec<Vec<u8>>>,
     /// What was searched for, and where it is read; `None` where the tree is whole.
     carved: Option<(Carved, Overlay)>,
+    /// What the journal says.
+    journal: Pending,
     findings: Findings,
     /// Keeps writers away.
     _lock: FileBackend,
@@ -79,6 +84,7 @@ impl SalvageBackend {
             database,
             heads: BTreeMap::new(),
             carved: None,
+            journal: Pending::default(),
             findings,
             _lock: lock,
         };
@@ -90,7 +96,56 @@ impl SalvageBackend {
         if !matches!(found.database, Opened::Whole(_)) || !found.findings.lock().is_empty() {
             found.search(overlay).map_err(fail)?;
         }
+        found.take_journal(path)?;
         Ok(found)
+    }
+
+    /// Adds what the journal says, as much of it as can be read.
+    fn take_journal(&mut self, path: &Path) -> Result<(), Error> {
+        let fail = |error| Error::file(path, "reading its journal", error);
+        let begun = self.begin();
+        let mark = begun.and_then(|begun| guarded(&self.place, || mark_of(&self.place, &begun)));
+        let mark = match mark {
+            Ok(mark) => mark,
+            Err(error) => {
+                self.note(format!("the journal's mark in {}", self.place), error)?;
+                None
+            }
+        };
+        let Some(file) = FileMedia::new(path, true).journal(false).map_err(fail)? else {
+            if mark.is_some_and(|mark| mark.open) {
+                let what = "it is missing, and it had the last changes".to_owned();
+                self.findings
+                    .lock()
+                    .insert(format!("the journal of {}", self.place), what);
+            }
+            return Ok(());
+        };
+        let frames = journal::search(&*file, mark.map(|mark| mark.id)).map_err(fail)?;
+        // Where the tree does not say how much of it has been brought in, all that is there is looked at.
+        let mut last = mark.map(|mark| mark.applied);
+        for (number, batches) in frames {
+            if last.is_some_and(|last| number <= last) {
+                continue;
+            }
+            if last.is_some_and(|last| number > last + 1) {
+                let what = format!("what comes before change {number} cannot be read");
+                self.findings
+                    .lock()
+                    .insert(format!("the journal of {}", self.place), what);
+            }
+            last = Some(number);
+            self.journal.extend(batches);
+        }
+        for (group, head) in self.journal.heads() {
+            match head {
+                // The newest that opens counts.
+                Some(head) => self.heads.entry(group).or_default().insert(0, head.to_vec()),
+                None if mark.is_some() => drop(self.heads.remove(&group)),
+                None => {}
+            }
+        }
+        Ok(())
     }
 
     /// Adds the heads that no tree leads to.
@@ -345,6 +400,9 @@ impl Backend for SalvageBackend {
         let values = keys
             .iter()
             .map(|key| {
+                if let Found::Value(value) = self.journal.value(group, *key) {
+                    return Ok(Some(value.to_vec()));
+                }
                 guarded(&self.place, || {
                     let begun = self.begin()?;
                     let reading = |error| wrong(&self.place, "reading", redb::Error::from(error));
@@ -377,6 +435,9 @@ impl Backend for SalvageBackend {
         _: usize,
     ) -> Result<Page<(Key, Vec<u8>)>, Error> {
         let mut items = BTreeSet::new();
+        for (id, value) in self.journal.of(group, kind).0 {
+            items.extend(value.map(|value| (Key { kind, id }, value.to_vec())));
+        }
         // The search found every leaf that there is, those of a readable tree too.
         if let Some((carved, file)) = &self.carved {
             for (key, place) in carved.of(group, kind) {

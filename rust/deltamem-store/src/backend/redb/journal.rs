@@ -1,0 +1,341 @@
+//! The journal beside the database: a commit is one write and one fsync at its end, into a file that is written over and over from its
+//! beginning. When it is full, what it says is written into the tree in one transaction, and it begins anew.
+//!
+//! A *frame* holds the changes of one fsync:
+//!
+//! ```text
+//! magic 8 · journal's id 16 · number u64 · length u64 · BLAKE3 of the payload 32 · BLAKE3 of all before 32 · payload
+//! ```
+//!
+//! Each begins at a multiple of 512 bytes. Numbers go up by one for ever; the database says up to which number they are in its tree.
+//! Behind the last frame stand older ones, or one whose writing was cut off and which nobody was told of.
+
+use std::io;
+
+use redb::StorageBackend;
+
+use crate::backend::{Batch, Group, HeadChange, Key, Kind};
+use crate::codec::{Reader, Writer};
+
+const MAGIC: &[u8; 8] = b"dmjrnl1\n";
+const HEADER: usize = 104;
+const PAYLOAD: &str = "deltamem_rt store: journal's payload 1";
+const FRAME: &str = "deltamem_rt store: journal's frame 1";
+const ALIGN: u64 = 512;
+/// The file grows by this much at a time.
+const STEP: u64 = 1 << 20;
+
+/// Which journal belongs to a database, as the database says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mark {
+    /// Random, made with the database's first journal.
+    pub id: [u8; 16],
+    /// The number of the last frame that is in the tree.
+    pub applied: u64,
+    /// Whether there is a journal with frames that are not in the tree, or may be soon.
+    pub open: bool,
+}
+
+impl Mark {
+    pub(super) fn encode(self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.raw(&self.id).u64(self.applied).u8(self.open.into());
+        out.0
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let mut from = Reader::new(bytes);
+        let (id, applied) = (from.array("journal's id")?, from.u64("number")?);
+        let open = match from.u8("flag")? {
+            0 => false,
+            1 => true,
+            other => return Err(format!("the flag is {other}, expected 0 or 1")),
+        };
+        from.end()?;
+        Ok(Self { id, applied, open })
+    }
+}
+
+/// The changes of one fsync, as bytes.
+pub(super) fn frame(id: &[u8; 16], number: u64, batches: &[Batch]) -> Vec<u8> {
+    let values = batches.iter().flat_map(|batch| &batch.puts);
+    let room: usize = values.map(|(_, value)| value.len() + 41).sum();
+    let mut out = Writer(Vec::with_capacity(HEADER + room + 256 * batches.len()));
+    out.0.resize(HEADER, 0);
+    out.u64(batches.len() as u64);
+    for batch in batches {
+        out.raw(&batch.group.0).u8(batch.clear.into());
+        match &batch.head {
+            HeadChange::Keep => out.u8(0),
+            HeadChange::Put(head) => out.u8(1).bytes(head),
+            HeadChange::Remove => out.u8(2),
+        };
+        out.u64(batch.deletes.len() as u64);
+        for key in &batch.deletes {
+            out.u8(key.kind as u8).raw(&key.id);
+        }
+        out.u64(batch.puts.len() as u64);
+        for (key, value) in &batch.puts {
+            out.u8(key.kind as u8).raw(&key.id).bytes(value);
+        }
+    }
+    let payload = &out.0[HEADER..];
+    let mut header = Writer::default();
+    header
+        .raw(MAGIC)
+        .raw(id)
+        .u64(number)
+        .u64(payload.len() as u64)
+        .raw(&blake3::derive_key(PAYLOAD, payload));
+    let check = blake3::derive_key(FRAME, &header.0);
+    header.raw(&check);
+    out.0[..HEADER].copy_from_slice(&header.0);
+    out.0
+}
+
+fn decode(payload: &[u8]) -> Result<Vec<Batch>, String> {
+    let mut from = Reader::new(payload);
+    let key = |from: &mut Reader<'_>| {
+        let byte = from.u8("kind")?;
+        let kind = Kind::ALL.into_iter().find(|kind| *kind as u8 == byte);
+        let kind = kind.ok_or_else(|| format!("the kind is {byte}"))?;
+        let id = from.array("id")?;
+        Ok::<_, String>(Key { kind, id })
+    };
+    let mut batches = Vec::new();
+    for _ in 0..from.count(50, "changes")? {
+        let group = Group(from.array("group")?);
+        let clear = from.u8("flag")? != 0;
+        let head = match from.u8("head's flag")? {
+            0 => HeadChange::Keep,
+            1 => HeadChange::Put(from.bytes(payload.len(), "head")?.to_vec()),
+            2 => HeadChange::Remove,
+            other => return Err(format!("the head's flag is {other}, expected 0, 1 or 2")),
+        };
+        let mut deletes = Vec::new();
+        for _ in 0..from.count(33, "deletes")? {
+            deletes.push(key(&mut from)?);
+        }
+        let mut puts = Vec::new();
+        for _ in 0..from.count(41, "puts")? {
+            let key = key(&mut from)?;
+            puts.push((key, from.bytes(payload.len(), "value")?.to_vec()));
+        }
+        batches.push(Batch {
+            group,
+            expected: None,
+            clear,
+            head,
+            deletes,
+            puts,
+        });
+    }
+    from.end()?;
+    Ok(batches)
+}
+
+/// A frame's header that has its check.
+struct Header {
+    at: u64,
+    id: [u8; 16],
+    number: u64,
+    length: u64,
+    check: [u8; 32],
+}
+
+impl Header {
+    fn end(&self) -> u64 {
+        (self.at + HEADER as u64 + self.length).next_multiple_of(ALIGN)
+    }
+}
+
+/// The header at a place; `None` where there is none, or one that leads beyond the file's end.
+fn header(file: &dyn StorageBackend, at: u64, length: u64) -> io::Result<Option<Header>> {
+    if at.checked_add(HEADER as u64).is_none_or(|end| end > length) {
+        return Ok(None);
+    }
+    let mut bytes = [0; HEADER];
+    file.read(at, &mut bytes)?;
+    let (content, check) = bytes.split_at(HEADER - 32);
+    if content[..8] != *MAGIC || *check != blake3::derive_key(FRAME, content) {
+        return Ok(None);
+    }
+    let mut from = Reader::new(&content[8..]);
+    let read = |from: &mut Reader<'_>| {
+        Ok::<_, String>(Header {
+            at,
+            id: from.array("id")?,
+            number: from.u64("number")?,
+            length: from.u64("length")?,
+            check: from.array("check")?,
+        })
+    };
+    let found = read(&mut from).map_err(io::Error::other)?;
+    let room = length - at - HEADER as u64;
+    Ok((found.length <= room).then_some(found))
+}
+
+/// What a frame says; `None` where its payload is not what was written.
+fn content(file: &dyn StorageBackend, header: &Header) -> io::Result<Option<Vec<Batch>>> {
+    let mut payload = vec![0; usize::try_from(header.length).map_err(io::Error::other)?];
+    file.read(header.at + HEADER as u64, &mut payload)?;
+    if blake3::derive_key(PAYLOAD, &payload) != header.check {
+        return Ok(None);
+    }
+    Ok(decode(&payload).ok())
+}
+
+/// What a journal holds for its database.
+#[derive(Debug)]
+pub(super) struct Contents {
+    /// Changes that are not in the tree, in their order.
+    pub batches: Vec<Batch>,
+    /// The number of the last frame, in the tree or not.
+    pub last: u64,
+    /// Where the next frame goes.
+    pub end: u64,
+}
+
+/// Why a journal's frames cannot be taken.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    Io(io::Error),
+    /// Frames that were acknowledged cannot be read.
+    Damaged(String),
+    /// The journal is another database's, or of another time.
+    Foreign(String),
+}
+
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// Reads the frames from the beginning on. `mark`: what the database says of its journal, if it ever had one.
+pub(super) fn read(file: &dyn StorageBackend, mark: Option<Mark>) -> Result<Contents, Trouble> {
+    let length = file.len()?;
+    let applied = mark.map_or(0, |mark| mark.applied);
+    let ours = |found: &Header| mark.is_some_and(|mark| mark.id == found.id);
+    let mut contents = Contents {
+        batches: Vec::new(),
+        last: applied,
+        end: 0,
+    };
+    let mut chain: Option<u64> = None;
+    while let Some(found) = header(file, contents.end, length)? {
+        if chain.is_none() && !ours(&found) {
+            return Err(Trouble::Foreign("belongs to another file".into()));
+        }
+        if chain.is_none() && found.number > applied + 1 {
+            let what = format!(
+                "begins with change {}, and the file ends with change {applied}: the file is older than its journal",
+                found.number
+            );
+            return Err(Trouble::Foreign(what));
+        }
+        if !ours(&found) || chain.is_some_and(|last| found.number != last + 1) {
+            break;
+        }
+        let Some(batches) = content(file, &found)? else {
+            break;
+        };
+        if found.number > applied {
+            contents.batches.extend(batches);
+        }
+        chain = Some(found.number);
+        contents.end = found.end();
+    }
+    contents.last = applied.max(chain.unwrap_or(0));
+    // A frame is written when the one before is synced. So one that is newer than what comes next here means that something between
+    // was there and is lost; and what comes next stands here or nowhere.
+    let next = contents.last + 1;
+    for at in (contents.end..length).step_by(usize::try_from(ALIGN).map_err(io::Error::other)?) {
+        let Some(found) = header(file, at, length)? else {
+            continue;
+        };
+        if ours(&found) && (found.number > next || found.number == next && at != contents.end) {
+            return Err(Trouble::Damaged(format!(
+                "change {next} at byte {} cannot be read, and change {} behind it can",
+                contents.end, found.number
+            )));
+        }
+    }
+    if contents.last == applied {
+        // Nothing of it is needed: it begins anew.
+        contents.end = 0;
+    }
+    Ok(contents)
+}
+
+/// Every frame that can be read, wherever it stands, in the order of numbers; those of one journal only, if it is known.
+pub(super) fn search(file: &dyn StorageBackend, id: Option<[u8; 16]>) -> io::Result<Vec<(u64, Vec<Batch>)>> {
+    let length = file.len()?;
+    let mut frames = Vec::new();
+    for at in (0..length).step_by(usize::try_from(ALIGN).map_err(io::Error::other)?) {
+        if let Some(found) = header(file, at, length)?
+            && id.is_none_or(|id| id == found.id)
+            && let Some(batches) = content(file, &found)?
+        {
+            frames.push((found.number, batches));
+        }
+    }
+    frames.sort_by_key(|(number, _)| *number);
+    Ok(frames)
+}
+
+/// A journal that is open for writing.
+#[derive(Debug)]
+pub(super) struct Journal {
+    file: Box<dyn StorageBackend>,
+    /// Where the next frame goes.
+    end: u64,
+    length: u64,
+}
+
+impl Journal {
+    pub(super) fn new(file: Box<dyn StorageBackend>, end: u64) -> io::Result<Self> {
+        let length = file.len()?;
+        Ok(Self { file, end, length })
+    }
+
+    pub(super) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Writes a frame behind the last one; it is durable when this returns.
+    pub(super) fn append(&mut self, frame: &[u8]) -> io::Result<()> {
+        let end = self.end + frame.len() as u64;
+        if end > self.length {
+            let length = end.next_multiple_of(STEP);
+            self.file.set_len(length)?;
+            self.length = length;
+        }
+        self.file.write(self.end, frame)?;
+        self.file.sync_data()?;
+        self.end = end.next_multiple_of(ALIGN);
+        Ok(())
+    }
+
+    /// The next frame goes to the beginning: all that stand there are in the tree.
+    pub(super) fn begin_anew(&mut self) {
+        self.end = 0;
+    }
+
+    /// Makes what was read durable: a process that was killed may have written it and not synced.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Whether the frames on the disk still say what they should; what is amiss if not.
+    pub(super) fn check(&self, mark: Mark, last: u64) -> Result<(), Trouble> {
+        let found = read(&*self.file, Some(mark))?;
+        if found.last != last {
+            return Err(Trouble::Damaged(format!(
+                "it ends with change {}, and {last} was acknowledged",
+                found.last
+            )));
+        }
+        Ok(())
+    }
+}

@@ -26,7 +26,7 @@ from deltamem_rt.errors import (
     TextError,
 )
 
-from .arguments import UsageError
+from .arguments import Parser, UsageError
 from .terminal import explain
 
 __all__ = ["main"]
@@ -104,7 +104,7 @@ def parser(names: Sequence[str] = tuple(_COMMANDS)) -> argparse.ArgumentParser:
         epilog="deltamem demo is the place to begin.",
     )
     made.add_argument("--version", action="version", version=f"deltamem-rt {__version__}")
-    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     for module in dict.fromkeys(_COMMANDS[name] for name in names):
         import_module(f".{module}", __package__).add_parser(commands)
     return made

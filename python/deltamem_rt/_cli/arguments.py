@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from deltamem_rt._default import default_bundle
 from deltamem_rt._native import Model
@@ -14,6 +15,22 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 class UsageError(Exception):
     """What the user asked for cannot be done as it was asked; the message says what to change."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser: words and options may stand in any order, `deltamem log ada --graph what-if`."""
+
+    _intermixed = False
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses, whoever asks: argparse takes words behind options only where it is asked to."""
+        if self._intermixed:  # argparse calls back
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -71,7 +71,7 @@ class Terminal:
 
     def fits(self, text: str, used: int = 0) -> str:
         """One line of the text, cut to what is left of the terminal's width; whole where a program reads it."""
-        return shorten(text, max(self.width - used, 10) if self.live else sys.maxsize)
+        return shorten(text, max(self.width - used, 1) if self.live else sys.maxsize)
 
     def prompt(self, text: str) -> str:
         """A prompt for `input`, in colour; readline is told which of its characters take no room."""

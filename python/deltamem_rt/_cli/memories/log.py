@@ -28,7 +28,7 @@ def add_parser(commands: Commands) -> None:
         "branch, time, time_ms, message, meta, tokens_seen, fingerprint, parts, state, state_bytes), more.",
     )
     add_name_argument(parser)
-    parser.add_argument("refs", nargs="*", metavar="REF", help="where to begin (default: HEAD)")
+    parser.add_argument("refs", nargs="*", default=[], metavar="REF", help="where to begin (default: HEAD)")
     parser.add_argument("--all", action="store_true", help="begin at every branch and tag")
     parser.add_argument("--graph", action="store_true", help="draw who came from whom")
     parser.add_argument(

@@ -77,7 +77,7 @@ def _show(
 
 def _undo(branch: str, options: argparse.Namespace) -> str:
     other = ["--branch", branch] if options.into else []
-    return again("rollback", options, *other, options.name, f"{branch}@{{1}}")
+    return again("rollback", options, options.name, f"{branch}@{{1}}", flags=other)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -128,13 +128,15 @@ def users_words() -> Iterator[None]:
             text = text.replace(hint, ours)
         raise NotFoundError(text) from None
     except ValueError as error:
+        if isinstance(error, UnicodeEncodeError):
+            raise UsageError(f"{error.object!r} is no text: it holds bytes that are not UTF-8") from None
         # The API's own classes know what they are.
-        if type(error) not in (ValueError, UnicodeEncodeError):
+        if type(error) is not ValueError:
             raise
         raise UsageError(str(error)) from None
 
 
-def again(command: str, options: argparse.Namespace, *words: str) -> str:
+def again(command: str, options: argparse.Namespace, *words: str, flags: Sequence[str] = ()) -> str:
     """A command line for the same store, to be copied; a server's password does not stand in it."""
     said = ["deltamem", command]
     if options.store != os.environ.get(ENVIRONMENT_VARIABLE):
@@ -142,6 +144,7 @@ def again(command: str, options: argparse.Namespace, *words: str) -> str:
         said += ["--store", "URL" if secret else options.store]
     if options.key_file is not None:
         said += ["--key-file", str(options.key_file)]
+    said += flags
     if any(word.startswith("-") for word in words):
         said.append("--")
     return printable(shlex.join([*said, *words]))

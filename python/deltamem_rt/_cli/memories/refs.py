@@ -22,14 +22,8 @@ def add_parser(commands: Commands) -> None:
         description="Lists a memory's branches; with BRANCH it makes one, and HEAD stays where it is.",
         epilog="--json: name, head, branches, tags, as they are afterwards.",
     )
-    add_name_argument(parser)
-    parser.add_argument("ref", nargs="?", metavar="BRANCH", help="the branch to make, use or delete")
-    parser.add_argument("at", nargs="?", metavar="REF", help="make it at this commit (default: HEAD)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--use", action="store_true", help="make BRANCH the one that HEAD means")
-    what.add_argument("-d", "--delete", action="store_true", help="delete BRANCH; the reflog still knows where it was")
-    add_store_arguments(parser)
-    parser.set_defaults(run=run, kind="branch")
+    what = _add_arguments(parser, "branch")
+    what.add_argument("--use", metavar="BRANCH", help="make BRANCH the one that HEAD means")
 
     parser = commands.add_parser(
         "tag",
@@ -37,48 +31,58 @@ def add_parser(commands: Commands) -> None:
         description="Lists a memory's tags; with TAG it makes one.",
         epilog="--json: name, head, branches, tags, as they are afterwards.",
     )
+    _add_arguments(parser, "tag")
+    parser.set_defaults(use=None)
+
+
+def _add_arguments(parser: argparse.ArgumentParser, kind: str) -> argparse._MutuallyExclusiveGroup:
     add_name_argument(parser)
-    parser.add_argument("ref", nargs="?", metavar="TAG", help="the tag to make or delete")
+    parser.add_argument("ref", nargs="?", metavar=kind.upper(), help=f"the {kind} to make")
     parser.add_argument("at", nargs="?", metavar="REF", help="make it at this commit (default: HEAD)")
-    parser.add_argument("-d", "--delete", action="store_true", help="delete TAG; the reflog still knows where it was")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "-d", "--delete", metavar=kind.upper(), help=f"delete {kind.upper()}; its commits stay in reach of the reflog"
+    )
     add_store_arguments(parser)
-    parser.set_defaults(run=run, kind="tag", use=False)
+    parser.set_defaults(run=run, kind=kind)
+    return what
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs either command."""
-    if options.ref is None and (options.use or options.delete):
-        raise UsageError(f"{'--use' if options.use else '--delete'} wants a {options.kind}'s name")
-    if options.at is not None and (options.use or options.delete):
-        raise UsageError(f"{options.at} is one name too many: {'--use' if options.use else '--delete'} takes one")
-    with opened(options, writing=options.ref is not None) as store:
+    flag, named = ("--use", options.use) if options.use is not None else ("--delete", options.delete)
+    if named is not None and options.ref is not None:
+        raise UsageError(
+            f"{flag} {named} and {options.ref}: make one {options.kind} or {flag[2:]} one, not both at once"
+        )
+    changing = options.ref is not None or named is not None
+    with opened(options, writing=changing) as store:
         before = memory(store, options.name)
-        done = "" if options.ref is None else _change(store, before, options)
+        done = _change(store, before, options) if changing else ""
         info = store.info(options.name)
-        commits = {
-            at: store.show(options.name, at)
-            for at in (info.branches if options.kind == "branch" else info.tags).values()
-        }
+        refs = info.branches if options.kind == "branch" else info.tags
+        commits = {} if changing else {at: store.show(options.name, at) for at in refs.values()}
     if options.json:
         forms.print_json(forms.of_refs(info))
-        return 0
-    terminal = Terminal()
-    if options.ref is not None:
-        terminal.line(done)
+    elif changing:
+        Terminal().line(done)
     else:
-        _list(info, commits, options.kind, terminal)
+        _list(info, commits, options.kind, Terminal())
     return 0
 
 
 def _change(store: Store, before: MemoryInfo, options: argparse.Namespace) -> str:
     name, ref, kind = options.name, options.ref, options.kind
-    if options.use:
-        store.switch(name, ref)
-        return f"HEAD is {brief(ref)} now" if ref != before.head else f"HEAD is {brief(ref)} already"
-    if options.delete:
-        (store.delete_branch if kind == "branch" else store.delete_tag)(name, ref)
-        at = (before.branches if kind == "branch" else before.tags).get(ref, "")
-        return f"{kind} {brief(ref)} deleted; it was at {at[:12]}\nundo: {again(kind, options, name, ref, at[:12])}"
+    if options.use is not None:
+        store.switch(name, options.use)
+        return f"HEAD is {brief(options.use)} {'already' if options.use == before.head else 'now'}"
+    if options.delete is not None:
+        gone = options.delete
+        if kind == "branch" and gone == before.head:
+            raise UsageError(f"{gone} is the branch that HEAD means: deltamem branch --use another one first")
+        (store.delete_branch if kind == "branch" else store.delete_tag)(name, gone)
+        at = (before.branches if kind == "branch" else before.tags).get(gone, "")[:12]
+        return f"{kind} {brief(gone)} deleted; it was at {at}\nundo: {again(kind, options, name, gone, at)}"
     commit = (store.branch if kind == "branch" else store.tag)(name, ref, options.at or "HEAD")
     return f"{kind} {brief(ref)} at {commit.short}  {words(commit)}".rstrip()
 

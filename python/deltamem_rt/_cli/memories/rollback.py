@@ -52,5 +52,5 @@ def run(options: argparse.Namespace) -> int:
         f"{terminal.fits(words(commit), 43 + len(brief(branch)))}".rstrip()
     )
     other = ["--branch", branch] if options.branch else []
-    terminal.line(terminal.dim(f"undo: {again('rollback', options, *other, options.name, f'{branch}@{{1}}')}"))
+    terminal.line(terminal.dim(f"undo: {again('rollback', options, options.name, f'{branch}@{{1}}', flags=other)}"))
     return 0

@@ -64,17 +64,17 @@ def _show(commit: Commit, changes: Sequence[Diff], info: MemoryInfo, terminal: T
         ("state", f"{size(commit.state_bytes)}, {commit.state[:12]}"),
         ("model", commit.fingerprint),
     ]
-    if commit.parts:
-        rows.append(("", ", ".join(f"{name} {part[:12] if part else 'none'}" for name, part in commit.parts.items())))
+    parts = [f"{name} {part[:12] if part else 'none'}" for name, part in (commit.parts or {}).items()]
+    rows += [("", ", ".join(parts[at : at + 2])) for at in range(0, len(parts), 2)]
     if commit.meta:
         rows.append(("meta", compact(commit.meta)))
     for diff in changes:
         change = diff.total
         rows.append(
             (
-                f"from {diff.a.short}" if diff.a else "from nothing",
-                f"norm {change.norm_before:.3f} to {change.norm_after:.3f}, moved by {change.norm_change:.3f}, "
-                f"cosine {change.cosine:.3f}, rank {change.effective_rank:.1f}",
+                "moved",
+                f"{change.norm_change:.3f} from {diff.a.short if diff.a else 'nothing'}, norm {change.norm_before:.2f} to "
+                f"{change.norm_after:.2f}, cos {change.cosine:.3f}, rank {change.effective_rank:.1f}",
             )
         )
     for text in pairs(rows):

@@ -129,7 +129,7 @@ def _show(
     if repaired is None:
         if report is not None:
             terminal.line(terminal.bad(f"{count(len(damages), 'damage')} found"))
-        terminal.line(f"save what is whole: {again('verify', options, '--repair', 'OUT')}")
+        terminal.line(f"save what is whole: {again('verify', options, flags=['--repair', 'OUT'])}")
         return
     for loss in repaired.losses:
         terminal.line(terminal.mark("lost or changed: ") + _of(loss))

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
+use deltamem_core::health::Bounds;
 use deltamem_core::{Fingerprint, Gates, Geometry, UpdateMode};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -67,6 +68,9 @@ pub struct Manifest {
     /// What the exporter compared the graph with; `None` when it did not.
     #[serde(default)]
     pub check: Option<Check>,
+    /// What healthy memories of this bundle look like; `None` when nothing was calibrated.
+    #[serde(default)]
+    pub health: Option<Health>,
     /// Names and versions of the programs that made the bundle.
     #[serde(default)]
     pub made_by: BTreeMap<String, String>,
@@ -161,6 +165,25 @@ pub enum WriteGranularity {
     Sentence,
 }
 
+impl Memory {
+    /// The gates that each token has: β, and λ where it is not 1 − β.
+    pub fn gate_kinds(&self) -> usize {
+        if self.couple_lambda || self.update_mode == UpdateMode::NoLambda {
+            1
+        } else {
+            2
+        }
+    }
+
+    /// The numbers of one of them: one a head, or one a row.
+    pub fn gate_width(&self) -> usize {
+        match self.gates {
+            Gates::Head => self.heads,
+            Gates::Row => self.heads * self.rank,
+        }
+    }
+}
+
 impl WriteGranularity {
     /// The word for it: `token`, `message` or `sentence`.
     pub fn as_str(self) -> &'static str {
@@ -174,6 +197,7 @@ impl WriteGranularity {
 
 /// The graph's files and its KV cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::struct_excessive_bools)] // the file has them
 pub struct Graph {
     /// The graph.
     pub file: String,
@@ -194,6 +218,12 @@ pub struct Graph {
     /// W, the numbers that one layer gathers for a span; `None` where each token writes.
     #[serde(default)]
     pub span_width: Option<usize>,
+    /// Whether the measured graph has the input `strength`.
+    #[serde(default)]
+    pub strength: bool,
+    /// Whether the measured graph has the output `gates`.
+    #[serde(default)]
+    pub gates: bool,
 }
 
 /// A type of numbers in the graph.
@@ -271,6 +301,34 @@ pub struct FileEntry {
     pub bytes: u64,
     /// Its content.
     pub blake3: Fingerprint,
+}
+
+/// What healthy memories look like: learnt from conversations that the exporter played through the bundle.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Health {
+    /// What was played.
+    pub stream: CalibrationStream,
+    /// The bounds are the largest figures seen, times this.
+    pub margin: f64,
+    /// At which quantiles `figures` stand.
+    pub quantiles: Vec<f64>,
+    /// What was seen, for people: a figure's name to its quantiles for each place.
+    pub figures: BTreeMap<String, serde_json::Value>,
+    /// What healthy memories stay under.
+    pub bounds: Bounds,
+}
+
+/// What a bundle was calibrated on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CalibrationStream {
+    /// In words.
+    pub description: String,
+    /// Conversations, each begun with an empty memory.
+    pub conversations: u64,
+    /// Turns in all of them.
+    pub turns: u64,
+    /// Tokens in all of them.
+    pub tokens: u64,
 }
 
 /// What the exporter compared the graph with.
@@ -603,6 +661,14 @@ fn check_consistency(manifest: &Manifest) -> Result<Geometry, BundleError> {
     check_states(&manifest.graph.states)?;
     check_tokens(manifest)?;
     check_names(manifest)?;
+    if let Some(health) = &manifest.health {
+        health
+            .bounds
+            .check(geometry, manifest.memory.delta_heads.len())
+            .map_err(|(name, found, expected)| {
+                inconsistent(&format!("health.bounds.{name}"), found, expected)
+            })?;
+    }
     Ok(geometry)
 }
 

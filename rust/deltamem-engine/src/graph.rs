@@ -22,7 +22,10 @@ pub(crate) struct Graph {
     positions: Vec<i64>,
     rows: Vec<i64>,
     write: Vec<f32>,
+    strength: Vec<f32>,
     span_mask: Vec<f32>,
+    /// Whether this is the measured graph.
+    measured: bool,
 }
 
 /// Which rows of logits a run is asked for.
@@ -50,6 +53,8 @@ pub(crate) struct Chunk<'a> {
     pub(crate) present_memory: &'a mut [f32],
     /// What the turn carries, with room for the tokens.
     pub(crate) turn: &'a mut TurnCache,
+    /// What the corrections are multiplied by; other than 1 it takes the measured graph.
+    pub(crate) strength: f32,
     /// Where the logits go, float32 [rows, vocab].
     pub(crate) logits: &'a mut [f32],
     /// What else is wanted.
@@ -63,13 +68,24 @@ pub(crate) struct Measures<'a> {
     pub(crate) energy: Option<&'a mut [f32]>,
     /// What each token reads the memory with, float32 [tokens, layers, heads, r].
     pub(crate) queries: Option<&'a mut [f32]>,
+    /// Each token's gates, float32 [tokens, layers, kinds, width].
+    pub(crate) gates: Option<&'a mut [f32]>,
 }
 
-impl Measures<'_> {
-    /// Whether anything is wanted.
-    pub(crate) fn any(&self) -> bool {
-        self.energy.is_some() || self.queries.is_some()
+impl Chunk<'_> {
+    /// Whether it takes the measured graph.
+    pub(crate) fn measured(&self) -> bool {
+        let wanted = &self.measures;
+        wanted.energy.is_some()
+            || wanted.queries.is_some()
+            || wanted.gates.is_some()
+            || !as_trained(self.strength)
     }
+}
+
+/// Whether a strength changes nothing.
+pub(crate) fn as_trained(strength: f32) -> bool {
+    strength.to_bits() == 1.0_f32.to_bits()
 }
 
 /// The S spans of one run.
@@ -97,6 +113,8 @@ pub(crate) struct Names {
     present_memory: CString,
     delta_energy: CString,
     queries: CString,
+    gates: CString,
+    strength: CString,
     span_weights: CString,
     span_mask: CString,
     past_spans: CString,
@@ -134,6 +152,8 @@ impl Names {
             present_memory: name("present_memory"),
             delta_energy: name("delta_energy"),
             queries: name("queries"),
+            gates: name("gates"),
+            strength: name("strength"),
             span_weights: name("span_weights"),
             span_mask: name("span_mask"),
             past_spans: name("past_spans"),
@@ -192,11 +212,14 @@ impl Graph {
             positions: Vec::new(),
             rows: Vec::new(),
             write: Vec::new(),
+            strength: Vec::new(),
             span_mask: Vec::new(),
+            measured,
         })
     }
 
     /// Runs one chunk. On an error nothing but the chunk's own output buffers was touched.
+    #[allow(clippy::too_many_lines)] // tensor after tensor, all of them borrowed until the run
     pub(crate) fn run(&mut self, model: &Model, chunk: Chunk<'_>) -> Result<()> {
         let Chunk {
             tokens,
@@ -206,6 +229,7 @@ impl Graph {
             past_memory,
             present_memory,
             turn,
+            strength,
             logits,
             measures,
         } = chunk;
@@ -234,8 +258,8 @@ impl Graph {
         let mut present = Tensor::output(present_memory, &memory_shape)?;
         let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
         let (mut caches, mut states) = turn_tensors(turn, count, manifest)?;
-        let (position_ids, span_inputs);
-        let (mut energies, mut queries, mut present_spans);
+        let (position_ids, strengths, span_inputs);
+        let (mut energies, mut queries, mut gates, mut present_spans);
 
         let mut call = Call::default();
         call.input(&names.input_ids, &input_ids);
@@ -248,6 +272,12 @@ impl Graph {
             call.input(&names.position_ids, &position_ids);
         }
         call.input(&names.write_mask, &write_mask);
+        if self.measured && manifest.graph.strength {
+            self.strength.clear();
+            self.strength.resize(count, strength);
+            strengths = Tensor::input(&self.strength, &[1, count])?;
+            call.input(&names.strength, &strengths);
+        }
         call.input(&names.logits_rows, &logits_rows);
         call.input(&names.past_memory, &past);
         call.output(&names.logits, &mut wanted);
@@ -297,6 +327,11 @@ impl Graph {
         if let Some(wanted) = measures.queries {
             queries = Tensor::output(wanted, &[1, count, layers, heads, rank])?;
             call.output(&names.queries, &mut queries);
+        }
+        if let Some(wanted) = measures.gates {
+            let (kinds, width) = (manifest.memory.gate_kinds(), manifest.memory.gate_width());
+            gates = Tensor::output(wanted, &[1, count, layers, kinds, width])?;
+            call.output(&names.gates, &mut gates);
         }
         call.run(&mut self.session)
     }
@@ -395,6 +430,13 @@ fn expected<'a>(manifest: &Manifest, names: &'a Names, measured: bool) -> [Vec<E
         let queries = vec![ANY, ANY, layers, size(memory.heads), size(memory.rank)];
         outputs.push((&names.delta_energy, float, delta));
         outputs.push((&names.queries, float, queries));
+        if manifest.graph.gates {
+            let (kinds, width) = (size(memory.gate_kinds()), size(memory.gate_width()));
+            outputs.push((&names.gates, float, vec![ANY, ANY, layers, kinds, width]));
+        }
+        if manifest.graph.strength {
+            inputs.push((&names.strength, float, vec![ANY, ANY]));
+        }
     }
     for (past, present) in &names.kv {
         inputs.push((past, kv_type, cache.clone()));

@@ -10,6 +10,7 @@ mod call;
 pub mod error;
 pub mod generation;
 mod graph;
+pub mod health;
 mod kv;
 pub mod memory;
 pub mod model;

@@ -250,7 +250,7 @@ impl Model {
 
     /// Runs one chunk. On an error nothing but the chunk's own output buffers was touched.
     pub(crate) fn run(&self, chunk: Chunk<'_>) -> Result<()> {
-        if chunk.measures.any() {
+        if chunk.measured() {
             self.measured()?.lock().run(self, chunk)
         } else {
             self.graph.lock().run(self, chunk)

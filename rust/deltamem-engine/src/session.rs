@@ -6,7 +6,7 @@ use std::sync::Arc;
 use deltamem_core::{Geometry, Snapshot};
 
 use crate::error::{EngineError, Result};
-use crate::graph::{Chunk, ChunkSpans, Measures, Rows};
+use crate::graph::{Chunk, ChunkSpans, Measures, Rows, as_trained};
 use crate::memory::{MemoryBuffers, MemoryView};
 use crate::model::{CHUNK_TOKENS, Model};
 use crate::sampling::Sampler;
@@ -15,6 +15,9 @@ use crate::turn::TurnCache;
 
 /// Asked between chunks whether the caller wants to stop.
 pub type Interrupt<'a> = &'a mut dyn FnMut() -> bool;
+
+/// How many tokens a session keeps beyond their turn: on them [`Session::measure`] reads the memory.
+pub const RECENT_TOKENS: usize = 256;
 
 /// What a call of [`Session::feed`] does beside reading.
 #[derive(Debug)]
@@ -58,7 +61,15 @@ impl DeltaEnergy {
         (base > 0.0).then(|| (delta / base).sqrt())
     }
 
-    fn add(&mut self, energies: &[f32], pairs: usize) {
+    /// |correction| / |base| for each memory layer and delta head, [layers, delta heads]; 0 where nothing was corrected.
+    pub fn ratios(&self) -> Vec<f64> {
+        self.sums
+            .iter()
+            .map(|&(delta, base)| if base > 0.0 { (delta / base).sqrt() } else { 0.0 })
+            .collect()
+    }
+
+    pub(crate) fn add(&mut self, energies: &[f32], pairs: usize) {
         self.sums.resize(pairs, (0.0, 0.0));
         for token in energies.chunks_exact(pairs * 2) {
             for (sum, pair) in self.sums.iter_mut().zip(token.chunks_exact(2)) {
@@ -94,6 +105,12 @@ pub struct Session {
     sampler: Sampler,
     tokens_seen: u64,
     turns: u64,
+    /// Whether any token may write the memory.
+    writable: bool,
+    /// What the corrections are multiplied by at reads.
+    strength: f32,
+    /// The last tokens of the turns that ended, at most [`RECENT_TOKENS`].
+    recent: Vec<i32>,
     /// Counts the calls that move the session, so that an older generation knows that it is over.
     epoch: u64,
 }
@@ -121,6 +138,9 @@ impl Session {
             sampler: Sampler::from_entropy(),
             tokens_seen: 0,
             turns: 0,
+            writable: true,
+            strength: 1.0,
+            recent: Vec::new(),
             epoch: 0,
             model,
         }
@@ -149,6 +169,44 @@ impl Session {
     /// Turns ended since the memory was empty.
     pub fn turns(&self) -> u64 {
         self.turns
+    }
+
+    /// Whether tokens may write the memory at all.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Lets tokens write the memory, or none, whatever the calls say.
+    pub fn set_writable(&mut self, writable: bool) {
+        self.writable = writable;
+    }
+
+    /// What the corrections are multiplied by at reads; 1 is as trained.
+    pub fn strength(&self) -> f32 {
+        self.strength
+    }
+
+    /// Has the corrections of all tokens that are read from now on multiplied by `strength`: 0 reads nothing, 1 is as trained and the same
+    /// bits as ever. Any other one runs the measured graph, which is a second copy of the weights in memory.
+    ///
+    /// # Errors
+    /// [`EngineError::Value`] for a strength that is negative or not finite; [`EngineError::Unsupported`] when the bundle's graph has no such
+    /// input. The session is as it was.
+    pub fn set_strength(&mut self, strength: f32) -> Result<()> {
+        if !strength.is_finite() || strength < 0.0 {
+            return Err(EngineError::Value(format!(
+                "strength is {strength}, expected a number from 0 on; 1 is as trained"
+            )));
+        }
+        let graph = &self.model.manifest().graph;
+        if !as_trained(strength) && (!graph.strength || graph.measured_file.is_none()) {
+            return Err(EngineError::Unsupported(format!(
+                "strength is {strength}, but this bundle's graph has no input for it, only 1 can be had; export the bundle again with this \
+                 version of deltamem-export"
+            )));
+        }
+        self.strength = strength;
+        Ok(())
     }
 
     /// Whether the next token that is read begins a turn.
@@ -205,7 +263,7 @@ impl Session {
     /// [`EngineError::Value`] for spans that do not fit the tokens or the bundle, or that a span bundle needs.
     pub(crate) fn writes(&self, spans: &Spans<'_>, tokens: usize, write: bool) -> Result<Writes> {
         let granularity = self.model.manifest().memory.write_granularity;
-        Writes::new(spans, granularity, tokens, write)
+        Writes::new(spans, granularity, tokens, write && self.writable)
     }
 
     /// Ends the turn: the KV cache is dropped, the memory stays.
@@ -221,6 +279,7 @@ impl Session {
     /// Empties the memory and drops the turn; the sampler goes on.
     pub fn reset(&mut self) {
         self.abandon_turn();
+        self.recent = Vec::new();
         self.memory
             .set_front(vec![0.0; self.geometry().elements()].into());
         self.tokens_seen = 0;
@@ -257,6 +316,8 @@ impl Session {
             });
         }
         self.abandon_turn();
+        // They may be another's.
+        self.recent = Vec::new();
         self.memory.set_front(Arc::clone(snapshot.memory()));
         self.tokens_seen = snapshot.tokens_seen();
         self.turns = snapshot.turns();
@@ -297,7 +358,11 @@ impl Session {
         if let Some(Pending { token, write }) = self.pending {
             if self.position() < self.model.context_length() {
                 // A span of one token is a token write.
-                let writes = if write { Writes::Tokens } else { Writes::Nothing };
+                let writes = if write && self.writable {
+                    Writes::Tokens
+                } else {
+                    Writes::Nothing
+                };
                 self.read(&[token], &writes, None, energy, interrupt)?;
             }
             self.pending = None;
@@ -325,6 +390,7 @@ impl Session {
     pub(crate) fn close_turn(&mut self) {
         if self.position() > 0 {
             self.turns += 1;
+            self.recent = self.recent_tokens();
         }
         self.abandon_turn();
     }
@@ -349,31 +415,52 @@ impl Session {
     /// # Errors
     /// As [`Session::feed`]; [`EngineError::Unsupported`] when the bundle has no measured graph.
     pub fn queries(&self, tokens: &[i32], interrupt: Interrupt<'_>) -> Result<Vec<f32>> {
+        let [layers, heads, rank, _] = self.geometry().shape();
+        let mut all = vec![0.0; tokens.len() * layers * heads * rank];
+        let mut chunks = all.chunks_mut(CHUNK_TOKENS * layers * heads * rank);
+        self.read_aside(tokens, interrupt, |read| {
+            read(Measures {
+                queries: chunks.next(),
+                ..Measures::default()
+            })
+        })?;
+        Ok(all)
+    }
+
+    /// Reads tokens in a turn of their own that writes nothing, on the memory as it is, and leaves the session as it is. `each` is called
+    /// once for every chunk and must call what it is given once, with what it wants measured.
+    pub(crate) fn read_aside(
+        &self,
+        tokens: &[i32],
+        interrupt: Interrupt<'_>,
+        mut each: impl FnMut(&mut dyn FnMut(Measures<'_>) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         self.model.check_tokens(tokens)?;
         let mut aside = Self::new(Arc::clone(&self.model));
         aside.check_room(tokens.len())?;
         aside.memory.set_front(self.memory());
-        let [layers, heads, rank, _] = self.geometry().shape();
-        let mut queries = vec![0.0; tokens.len() * layers * heads * rank];
+        aside.strength = self.strength;
         let mut cache = self.model.lend_cache()?;
-        let chunks = queries.chunks_mut(CHUNK_TOKENS * layers * heads * rank);
         let mut outcome = Ok(());
-        for (tokens, queries) in tokens.chunks(CHUNK_TOKENS).zip(chunks) {
+        for tokens in tokens.chunks(CHUNK_TOKENS) {
             outcome = if interrupt() {
                 Err(EngineError::Interrupted)
             } else {
-                let measures = Measures {
-                    energy: None,
-                    queries: Some(queries),
-                };
-                aside.read_chunk(tokens, false, None, &mut cache, None, measures)
+                each(&mut |measures| aside.read_chunk(tokens, false, None, &mut cache, None, measures))
             };
             if outcome.is_err() {
                 break;
             }
         }
         self.model.return_cache(cache);
-        outcome.map(|()| queries)
+        outcome
+    }
+
+    /// The last tokens that were read, over turns, at most [`RECENT_TOKENS`].
+    pub(crate) fn recent_tokens(&self) -> Vec<i32> {
+        let all = self.recent.iter().chain(&self.turn).copied();
+        all.skip((self.recent.len() + self.turn.len()).saturating_sub(RECENT_TOKENS))
+            .collect()
     }
 
     /// Reads tokens, whole or not at all.
@@ -452,7 +539,7 @@ impl Session {
             }
             let measures = Measures {
                 energy: energy.is_some().then_some(&mut all_energies[..]),
-                queries: None,
+                ..Measures::default()
             };
             outcome = match writes {
                 Writes::Nothing | Writes::Tokens => {
@@ -522,6 +609,7 @@ impl Session {
             past_memory: &past_memory,
             present_memory,
             turn: cache,
+            strength: self.strength,
             logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
             measures,
         });

@@ -1,10 +1,14 @@
-"""What all tests share: the goldens' place, and bundles exported from them once a session."""
+"""What all tests share: the goldens' place, bundles exported from them once a session, and a Redis server of their own."""
 
 from __future__ import annotations
 
+import shutil
 import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,3 +57,34 @@ def parity_bundle(golden_case: Callable[[str], Path], tmp_path_factory: pytest.T
         return made[case, precision]
 
     return bundle
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that lives as long as the tests, on a free port, its files in a temporary directory."""
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program is None:
+        pytest.skip("neither redis-server nor valkey-server is installed: apt-get install redis-server")
+    folder = tmp_path_factory.mktemp("redis")
+    port = free_port()
+    options = f"--bind 127.0.0.1 --port {port} --dir {folder} --save '' --appendonly yes --logfile {folder}/log".split()
+    server = subprocess.Popen([program, *(word.strip("'") for word in options)], stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        else:
+            pytest.fail(f"{program} did not start: {(folder / 'log').read_text()}")
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()

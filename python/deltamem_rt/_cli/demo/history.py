@@ -128,8 +128,8 @@ def show_undone(screen: Screen, undone: Sequence[Undone], told: Committed) -> No
         f"rollback {same_bytes} memories are bit for bit those of before, and {same_answer} answers word for word."
     )
     screen.prose(
-        f"Blame, what is left of each commit in what the answer reads, was asked once a person: it named the false commit in {sum(blamed)} "
-        f"of {len(blamed)}."
+        f"Blame (what is left of each commit in the answer's read), asked once a person, named the false commit in {sum(blamed)} of "
+        f"{len(blamed)}."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from deltamem_rt._changes import MergeResult
 from deltamem_rt._cli.arguments import Commands
 from deltamem_rt._cli.terminal import Terminal, printable
+from deltamem_rt._records import MemoryInfo
 from deltamem_rt.errors import MergeWarning
 
 from . import forms
@@ -40,20 +41,18 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     with opened(options, writing=True) as store, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", MergeWarning)
-        branch = options.into or memory(store, options.name).head
+        info = memory(store, options.name)
+        branch = options.into or info.head
         result = store.merge(options.name, options.ref, into=branch, message=options.message, meta=options.meta)
     warning = next((str(one.message) for one in said if issubclass(one.category, MergeWarning)), None)
     if options.json:
         forms.print_json({"branch": branch, **forms.of_merge(result), "warning": warning})
     else:
-        _show(result, branch, warning, options, Terminal())
+        _show(result, branch, warning, _undo(branch, info, options), brief(options.ref), Terminal())
     return 0
 
 
-def _show(
-    result: MergeResult, branch: str, warning: str | None, options: argparse.Namespace, terminal: Terminal
-) -> None:
-    theirs = brief(options.ref)
+def _show(result: MergeResult, branch: str, warning: str | None, undo: str, theirs: str, terminal: Terminal) -> None:
     if result.case == "up-to-date" or result.commit is None:
         terminal.line(f"{brief(branch)} holds all of {theirs} already")
         return
@@ -72,12 +71,13 @@ def _show(
         )
         if warning:
             terminal.line(terminal.mark(f"warning: {printable(warning)}"))
-    terminal.line(terminal.dim(f"undo: {_undo(branch, options)}"))
+    terminal.line(terminal.dim(f"undo: {undo}"))
 
 
-def _undo(branch: str, options: argparse.Namespace) -> str:
+def _undo(branch: str, info: MemoryInfo, options: argparse.Namespace) -> str:
+    """The command that takes the merge back: to the commit by its id, which no later move changes."""
     other = ["--branch", branch] if options.into else []
-    return again("rollback", options, options.name, f"{branch}@{{1}}", flags=other)
+    return again("rollback", options, options.name, info.branches.get(branch, "")[:12], flags=other)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from deltamem_rt._cli.arguments import UsageError
 from deltamem_rt._cli.terminal import printable
 from deltamem_rt._native import Store
 from deltamem_rt._records import MemoryInfo
-from deltamem_rt.errors import NotFoundError, UnavailableError
+from deltamem_rt.errors import NotFoundError, StoreLockedError, UnavailableError
 
 ENVIRONMENT_VARIABLE = "DELTAMEM_STORE"
 
@@ -56,12 +56,13 @@ def add_name_argument(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def opened(options: argparse.Namespace, *, writing: bool = False) -> Iterator[Store]:
+def opened(options: argparse.Namespace, *, writing: bool = False, strict: bool = False) -> Iterator[Store]:
     """Opens the store that the arguments name, which must be there; for reading unless `writing`.
 
-    A file is always shared, so that a look disturbs nobody who shares it too; for a command's few commits that costs nothing.
+    A file is shared, so that a look disturbs nobody who shares it too; for a command's few commits that costs nothing. With `strict`, a
+    file that can be read but not be written any more (it was cut off behind its content) is damaged.
     """
-    with users_words(), _open(options.store, key_of(options), writing) as store:
+    with users_words(), _open(options.store, key_of(options), writing, strict) as store:
         yield store
 
 
@@ -85,7 +86,7 @@ def key_of(options: argparse.Namespace) -> bytes | str | None:
     )
 
 
-def _open(place: str, key: bytes | str | None, writing: bool) -> Store:
+def _open(place: str, key: bytes | str | None, writing: bool, strict: bool) -> Store:
     if is_address(place):
         return Store(place, key=key)
     if not Path(place).exists():
@@ -93,6 +94,10 @@ def _open(place: str, key: bytes | str | None, writing: bool) -> Store:
     if writing:
         return Store(place, key=key, shared=True)
     try:
+        return Store(place, key=key, shared=not strict, read_only=True)
+    except StoreLockedError:
+        if not strict:
+            raise
         return Store(place, key=key, shared=True, read_only=True)
     except UnavailableError as error:
         if _KILLED not in str(error):

@@ -39,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
                 f"there is no branch {branch!r} in memory {info.name!r}; there are {', '.join(info.branches) or 'none'}"
             )
         old = info.branches[branch]
-        commit = store.rollback(options.name, options.ref, branch=branch)
+        commit = store.show(options.name, options.ref) if branch == info.head else None
+        if commit is None or commit.id != old:
+            commit = store.rollback(options.name, options.ref, branch=branch)
     if options.json:
         forms.print_json({"branch": branch, "old": old, "commit": forms.of_commit(commit)})
         return 0
@@ -52,5 +54,5 @@ def run(options: argparse.Namespace) -> int:
         f"{terminal.fits(words(commit), 43 + len(brief(branch)))}".rstrip()
     )
     other = ["--branch", branch] if options.branch else []
-    terminal.line(terminal.dim(f"undo: {again('rollback', options, options.name, f'{branch}@{{1}}', flags=other)}"))
+    terminal.line(terminal.dim(f"undo: {again('rollback', options, options.name, old[:12], flags=other)}"))
     return 0

@@ -55,8 +55,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _show(commit: Commit, changes: Sequence[Diff], info: MemoryInfo, terminal: Terminal) -> None:
     said, _ = labels(info, commit.id, terminal)
-    terminal.line(f"{terminal.mark(f'commit {commit.id}')} {said}".rstrip())
+    terminal.line(terminal.mark(f"commit {commit.id}"))
     rows = [
+        *([("refs", said)] if said else []),
         ("parents", ", ".join(parent[:12] for parent in commit.parents) or "none: the first one"),
         ("branch", printable(commit.branch)),
         ("time", f"{stamp(commit.time)} UTC"),

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 def _look(options: argparse.Namespace) -> tuple[VerifyReport | None, tuple[Damage, ...]]:
     """What the store's own inspection says; no report, and one damage, where a file is too broken for one."""
     try:
-        with opened(options) as store:
+        with opened(options, strict=True) as store:
             report = store.verify()
             return report, report.damages
     except (DamagedError, StoreFormatError, UnavailableError) as error:

@@ -24,7 +24,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parses, whoever asks: argparse takes words behind options only where it is asked to."""
-        if self._intermixed:  # argparse calls back
+        if self._intermixed or "--" in (
+            args or ()
+        ):  # argparse calls back; behind -- there are words only, which it loses track of
             return super().parse_known_args(args, namespace)
         self._intermixed = True
         try:

@@ -65,7 +65,8 @@ def _look(options: argparse.Namespace) -> tuple[VerifyReport | None, tuple[Damag
         # A server that does not answer is not damaged; a file that is no store may be anything, unless it is to be repaired.
         if is_address(options.store) or (isinstance(error, StoreFormatError) and options.repair is None):
             raise
-        return None, (Damage(None, options.store, explain(error)),)
+        what = explain(error).removeprefix(f"{options.store} is damaged: ").partition("; run verify")[0]
+        return None, (Damage(None, options.store, what),)
 
 
 def _save(options: argparse.Namespace, opens: bool) -> RepairReport:

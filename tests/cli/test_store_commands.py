@@ -322,7 +322,7 @@ def test_tags_are_made_and_deleted(run, asked, path):
 def test_merges_say_what_they_came_to_and_how_to_undo_them(run, asked, path, model):
     assert run("merge", "ada", "aside").out == "main holds all of aside already\n"
     forward = run("merge", "ada", "main", "--into", "aside").out.splitlines()
-    assert named(forward[0], path) == "aside had nothing of its own and is at <turn> now, as main"
+    assert named(forward[0], path) == "aside went forward to <turn>, as main: it had nothing of its own"
     assert main(shlex.split(forward[1].removeprefix("undo: deltamem "))) == 0
     assert "aside) theirs" in run("log", "ada", "--all").out
     with dm.Store(path) as store, model.session("ada", store=store, branch="aside") as session:
@@ -330,7 +330,7 @@ def test_merges_say_what_they_came_to_and_how_to_undo_them(run, asked, path, mod
     with opened(path) as store:
         head = store.branches("ada")["main"]
     lines = run("merge", "ada", "aside", "-m", "both", "--meta", '{"by": "me"}').out.splitlines()
-    assert named(lines[0], path) == "main is at <both> now: it and aside were added over <theirs>"
+    assert named(lines[0], path) == "merged aside into main: <both>, over their common <theirs>"
     assert lines[1].startswith("overlap of what both wrote 0.")
     assert main(shlex.split(lines[-1].removeprefix("undo: deltamem "))) == 0
     found = asked("merge", "ada", "aside")

@@ -48,36 +48,37 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         forms.print_json({"branch": branch, **forms.of_merge(result), "warning": warning})
     else:
-        _show(result, branch, warning, _undo(branch, info, options), brief(options.ref), Terminal())
+        _show(result, branch, warning, _undo(result, branch, info, options), brief(options.ref), Terminal())
     return 0
 
 
 def _show(result: MergeResult, branch: str, warning: str | None, undo: str, theirs: str, terminal: Terminal) -> None:
+    ours = brief(branch)
     if result.case == "up-to-date" or result.commit is None:
-        terminal.line(f"{brief(branch)} holds all of {theirs} already")
+        terminal.line(f"{ours} holds all of {theirs} already")
         return
+    head = terminal.mark(result.commit.short)
     if result.case == "fast-forward":
-        terminal.line(
-            f"{brief(branch)} had nothing of its own and is at {terminal.mark(result.commit.short)} now, as {theirs}"
-        )
+        terminal.line(f"{ours} went forward to {head}, as {theirs}: it had nothing of its own")
     else:
-        bases = ", ".join(base[:12] for base in result.bases) or "nothing in common"
+        bases = ", ".join(base[:12] for base in result.bases)
+        common = f"over their common {bases}" if bases else "which have nothing in common"
+        terminal.line(f"merged {theirs} into {ours}: {head}, {common}")
         terminal.line(
-            f"{brief(branch)} is at {terminal.mark(result.commit.short)} now: it and {theirs} were added over {bases}"
-        )
-        terminal.line(
-            f"overlap of what both wrote {result.overlap:.3f}; its own facts lose {result.loss_ours:.3f}, those of "
-            f"{theirs} {result.loss_theirs:.3f}"
+            f"overlap of what both wrote {result.overlap:.3f}; facts of {ours} lose {result.loss_ours:.3f}, facts of {theirs} "
+            f"{result.loss_theirs:.3f}"
         )
         if warning:
             terminal.line(terminal.mark(f"warning: {printable(warning)}"))
     terminal.line(terminal.dim(f"undo: {undo}"))
 
 
-def _undo(branch: str, info: MemoryInfo, options: argparse.Namespace) -> str:
+def _undo(result: MergeResult, branch: str, info: MemoryInfo, options: argparse.Namespace) -> str:
     """The command that takes the merge back: to the commit by its id, which no later move changes."""
+    made = result.commit if result.case == "three-way" else None
+    old = made.parents[0] if made else info.branches[branch]
     other = ["--branch", branch] if options.into else []
-    return again("rollback", options, options.name, info.branches.get(branch, "")[:12], flags=other)
+    return again("rollback", options, options.name, old[:12], flags=other)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import bm25s
 import numpy as np
@@ -32,11 +32,12 @@ LOGITS = 1 << 22
 
 @dataclass(frozen=True)
 class Past:
-    """One turn of a history. `about`: the relation and value that it told, if it told one."""
+    """One turn of a history. `about`: the relation and value that it told, if it told one; `tokens`: its length in a prompt."""
 
     user: str
     reply: str
     about: tuple[str, str] | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class Person:
 
     session: dm.Session
     history: list[Past] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
     index: bm25s.BM25 | None = None
 
     def __enter__(self) -> Person:
@@ -152,9 +152,8 @@ class Contest:
         """Puts a turn into the history that opponents get."""
         if not self._keeps_history:
             return
-        person.history.append(past)
-        encode = self.model.encode
-        person.lengths.append(len(encode(past.user)) + len(encode(past.reply)) + self._turn_frame)
+        tokens = len(self.model.encode(past.user)) + len(self.model.encode(past.reply)) + self._turn_frame
+        person.history.append(replace(past, tokens=tokens))
         person.index = None
 
     # what it is asked --------------------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ class Contest:
         found, ids = None, None
         if who not in ("memory", "none"):
             past = self._ranked(person, question) if who == "bm25" else person.history
-            past, ids = self._fitted(person, past, question)
+            past, ids = self._fitted(past, question)
             found = None if about is None else any(p.about == about for p in past)
         if ids is None:
             reply = session.chat(question, max_new_tokens=self.max_new_tokens, write=False)
@@ -204,13 +203,12 @@ class Contest:
         best = np.argsort(-scores, kind="stable")[: self.retrieved]
         return [person.history[i] for i in sorted(best) if scores[i] > 0]
 
-    def _fitted(self, person: Person, past: Sequence[Past], question: str) -> tuple[list[Past], list[int] | None]:
+    def _fitted(self, past: Sequence[Past], question: str) -> tuple[list[Past], list[int] | None]:
         """The latest of these turns that fit the budget together with the question, and the prompt; None without a turn."""
-        length = dict(zip(map(id, person.history), person.lengths, strict=True))
         left = self.budget - len(self.prompts.ids([message("user", question)]))
         kept: list[Past] = []
         for turn in reversed(past):
-            left -= length[id(turn)]
+            left -= turn.tokens
             if left < 0:
                 break
             kept.append(turn)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deltamem_export.evaluation import grading
-from deltamem_export.evaluation.contest import Past, Person
+from deltamem_export.evaluation.contest import READERS, Past, Person
 from deltamem_export.evaluation.conversations import Dialogue, Question
 from deltamem_export.evaluation.figures import perplexity_ratio
 from deltamem_export.evaluation.languages import LISTENED
@@ -63,9 +63,8 @@ def _questions(work: Work, sheet: Sheet, number: int, dialogue: Dialogue, of: in
     if len(questions) > wanted:
         questions = work.rng("conversation", dialogue.name).sample(questions, wanted)
     for who in work.contest.opponents:
-        for i, question in enumerate(questions):
-            if not work.asked(who, number * len(questions) + i, 1):
-                continue
+        asked = -(-work.size.reader_cases // of) if who in READERS else len(questions)
+        for question in questions[:asked]:
             answer = work.contest.ask(who, person, work.language.question(question.text))
             cases = [question.kind] if question.wrong else [question.kind, "all questions"]
             for case in cases:

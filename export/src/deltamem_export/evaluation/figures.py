@@ -41,13 +41,18 @@ class Figure:
             counts: int [E], how many cases each episode has.
             seed: of the resampling.
 
-        Where all cases are 0 or all are 1 every resample is the same and says nothing; Wilson's interval stands there instead.
+        The interval of a share is never narrower than Wilson's for as many independent cases: where few episodes agree by luck, resampling
+        them would claim too much.
         """
         top, bottom = np.asarray(sums, float), np.asarray(counts, float)
         n = int(bottom.sum())
         if n == 0 or top.sum() in (0, n):
             return cls.of(float(top.sum()), n)
-        return cls(*_ratio(top, bottom, seed), n)
+        value, low, high = _ratio(top, bottom, seed)
+        if not 0 < value < 1:
+            return cls(value, low, high, n)
+        independent = cls.of(float(top.sum()), n)
+        return cls(value, min(low, independent.low), max(high, independent.high), n)
 
     @classmethod
     def paired(cls, ours: ArrayLike, theirs: ArrayLike, n: int, seed: int = 0) -> Figure:

@@ -55,6 +55,8 @@ class Language:
     ) -> list[Fact]:
         """`count` facts of different relations (of `among`, or of all), fewer where there are not as many."""
         chosen = among or self.relations
+        if pairs == "held-out":
+            chosen = tuple(r for r in chosen if r.held_out_values)
         return [Fact(r, self._value(rng, r, pairs)) for r in rng.sample(chosen, min(count, len(chosen)))]
 
     def changed(self, rng: random.Random, fact: Fact) -> Fact:
@@ -88,8 +90,11 @@ class Language:
         people = tuple(r for r in self.relations if r.name in PEOPLE)
         places = self._places()
         home = Relation("two steps", "", places, ("{value}",), ("",))
+        facts = self.draw(rng, count, among=people)
+        while len({fact.value for fact in facts}) < count:  # two people of one name would have two homes
+            facts = self.draw(rng, count, among=people)
         chains = []
-        for fact, place in zip(self.draw(rng, count, among=people), rng.sample(places, count), strict=True):
+        for fact, place in zip(facts, rng.sample(places, count), strict=True):
             who = fact.relation.name.removesuffix(" name")
             told = (self.tell(rng, fact), f"{fact.value} lives in {place}.")
             chains.append(Chain(told, self.question(f"In which place does my {who} live?"), Fact(home, place)))

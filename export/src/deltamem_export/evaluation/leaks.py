@@ -17,8 +17,8 @@ from deltamem_export.evaluation.conversations import Dialogue
 from deltamem_export.evaluation.languages import Language
 
 SHOWN = 5
-LONG = 8
-"""Words from which on a message of a conversation is its own."""
+LONG, ASKED = 8, 4
+"""Words from which on a message or a question of a conversation is its own."""
 
 
 def refuse_leaks(language: Language, dialogues: Sequence[Dialogue], training: Sequence[Path]) -> int:
@@ -42,11 +42,9 @@ def refuse_leaks(language: Language, dialogues: Sequence[Dialogue], training: Se
     if found:
         shown = "; ".join(f"{what} ({place})" for what, place in list(found.items())[:SHOWN])
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        cure = (
-            "choose another --seed, which makes up other names, or take these conversations out of the training data and train again"
-            if language.name == "plain"
-            else "take them out of the training data and train again"
-        )
+        cure = "take them out of the training data and train again"
+        if all(what.startswith("the name ") for what in found):
+            cure += ", or choose another --seed, which makes up other names"
         raise ExportError(
             f"the training data holds what the evaluation calls unseen: {shown}{more}; figures from it would show nothing: {cure}"
         )
@@ -69,11 +67,12 @@ def _of_language(language: Language) -> Iterator[tuple[str, str]]:
 
 def _of_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[tuple[str, str]]:
     for dialogue in dialogues:
-        for question in dialogue.questions:
+        for question in (q for q in dialogue.questions if len(_words(q.text)) >= ASKED):
             yield question.text, f"the question {question.text!r} of {dialogue.name}"
         for user in (user for session in dialogue.sessions for user, _ in session):
-            if len(_words(user)) >= LONG:
-                yield user, f"the message {user[:60]!r} of {dialogue.name}"
+            what = f"the message {user[:60]!r} of {dialogue.name}"
+            # As it is, and without the name of who said it.
+            yield from ((text, what) for text in {user, user.partition(": ")[2]} if len(_words(text)) >= LONG)
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:

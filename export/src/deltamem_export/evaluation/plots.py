@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 720, 330
-LEFT, RIGHT, TOP, BOTTOM = 58, 190, 16, 48
+WIDTH, HEIGHT = 760, 330
+LEFT, RIGHT, TOP, BOTTOM = 58, 200, 16, 48
 DODGE = 4.0
-"""Pixels between the marks of two series at the same place."""
+"""Pixels between the marks of two series at the same place of an even axis."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def line_plot(
     middle = (TOP + floor) / 2
     parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     for number, s in enumerate(series):
-        shift = (number - (len(series) - 1) / 2) * DODGE
+        shift = (number - (len(series) - 1) / 2) * DODGE if x_axis == "even" else 0.0
         marks = [(across(p.x) + shift, up(p.y), up(p.low), up(p.high)) for p in sorted(s.points, key=lambda p: p.x)]
         dash = ' stroke-dasharray="5 4"' if s.dashed else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in marks)

@@ -99,7 +99,7 @@ def page(report: Mapping[str, Any]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(bundle["name"])}: does the memory help?</title>'
         f"<style>{STYLE}</style><h1>{escape(bundle['name'])}: does the memory help?</h1>{verdict}"
         f'<div class="scroll"><table>{head}</table></div>'
-        "<p>Values with their 95 % intervals (bootstrap over episodes; Wilson's where all cases are alike) and n cases. Tokens read and "
+        "<p>Values with their 95 % intervals (bootstrap over episodes, never narrower than Wilson's) and n cases. Tokens read and "
         f"seconds are those of one question; bytes are what is kept of a person between turns.</p>{body}</html>\n"
     )
 
@@ -146,15 +146,14 @@ def _plots(name: str, rows: list[dict[str, Any]]) -> Iterable[str]:
         yield line_plot(
             [
                 *_series(new, "recall", "new facts", only="memory"),
-                *_series(own, "recall", "own facts: ", dashed=True),
+                *_series(own, "recall", "own: ", dashed=True),
             ],
             "tokens of the stream",
             "recall",
-            "linear",
         )
         size = _series(rows, "Frobenius norm", "state", only="memory")
         top = max((p.high for s in size for p in s.points), default=1.0)
-        yield line_plot(size, "tokens of the stream", "norm of the state", "linear", (0.0, _round_up(top)))
+        yield line_plot(size, "tokens of the stream", "norm of the state", y_range=(0.0, _round_up(top)))
 
 
 def _round_up(top: float) -> float:

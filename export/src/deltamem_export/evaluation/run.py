@@ -53,7 +53,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ExportError("the task conversation needs recorded conversations: give --data FILE")
     model = dm.Model.load(args.bundle or dm.default_bundle(), threads=args.threads)
     card = _card(model.path)
-    language = _language(args.language, card, args.seed, model.path)
+    language = choose_language(args.language, card, args.seed, model.path)
     read = refuse_leaks(language, dialogues, args.training)
     contest = Contest(model, args.against, args.budget, args.turns_retrieved, args.max_new_tokens)
     talk, source = _talk(args, model.path)
@@ -165,7 +165,8 @@ def _card(bundle: Path) -> dict[str, Any]:
     return card
 
 
-def _language(name: str, card: dict[str, Any], seed: int, bundle: Path) -> Language:
+def choose_language(name: str, card: dict[str, Any], seed: int, bundle: Path) -> Language:
+    """The language of `--language`, "auto" by the bundle's card. Raises ExportError for tiny where the card names none of its recipes."""
     ours = card.get("recipe") in RECIPE_NAMES
     if name == "tiny" and not ours:
         raise ExportError(

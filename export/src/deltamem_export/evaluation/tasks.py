@@ -165,9 +165,7 @@ def relations(work: Work) -> Sheet:
             for text, i, step in told:
                 contest.tell(person, text, about(chains[i].answer) if step else None)
             for who in contest.opponents:
-                if not work.asked(who, episode, chained):
-                    continue
-                for chain in chains:
+                for chain in chains[: work.asked(who, episode, chained)]:
                     case = "two steps: where does my sister live?"
                     answer = contest.ask(who, person, chain.question, about(chain.answer))
                     sheet.mark(case, None, who, "recall", episode, language.right(chain.answer, answer.text))

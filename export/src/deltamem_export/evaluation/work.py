@@ -52,9 +52,12 @@ class Work:
         """As many as it takes to ask `cases` questions."""
         return range(math.ceil(self.size.cases / facts))
 
-    def asked(self, who: str, episode: int, facts: int) -> bool:
-        """Whether this opponent is asked in this episode: readers of the history stop at their own number of cases."""
-        return who not in READERS or episode * facts < self.size.reader_cases
+    def asked(self, who: str, episode: int, facts: int) -> int:
+        """How many of an episode's questions this opponent is asked. Readers of the history get fewer, from as many episodes as can be."""
+        if who not in READERS:
+            return facts
+        share = max(1, facts * self.size.reader_cases // self.size.cases)
+        return min(facts, share) if episode * share < self.size.reader_cases else 0
 
     def tell(
         self, person: Person, rng: random.Random, facts: Sequence[Fact], change: bool = False, phrasing: str = "any"
@@ -96,9 +99,8 @@ class Work:
         questions = [(fact, self.language.ask(rng, fact.relation, phrasing)) for fact in order]
         unknown = [(fact.relation, self.language.ask(rng, fact.relation, phrasing)) for fact in strangers]
         for who in self.contest.opponents:
-            if not self.asked(who, episode, len(facts)):
-                continue
-            for fact, question in questions:
+            asked = self.asked(who, episode, len(facts))
+            for fact, question in questions[:asked]:
                 answer = self.contest.ask(who, person, question, about(fact))
                 sheet.mark(case, x, who, "recall", episode, self.language.right(fact, answer.text))
                 sheet.spent(case, x, who, answer, self.contest.kept_bytes(who, person))
@@ -110,7 +112,7 @@ class Work:
                         for value in old[fact.relation.name]
                     )
                     sheet.mark(case, x, who, "an old value said", episode, said)
-            for relation, question in unknown:
+            for relation, question in unknown[:asked]:
                 answer = self.contest.ask(who, person, question)
                 good = self.language.invents_nothing(relation, answer.text)
                 sheet.mark(case, x, who, "never told: nothing invented", episode, good)

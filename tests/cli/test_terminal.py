@@ -25,6 +25,22 @@ def test_colours_need_a_terminal_and_no_no_color(monkeypatch):
     assert Terminal(Screen()).good("yes") == "yes"
 
 
+def test_a_line_is_cut_for_a_terminal_and_whole_for_a_program(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    assert Terminal(Screen()).fits("a line of\n more than thirty columns", used=10) == "a line of more than…"
+    assert Terminal(Screen()).fits("日本語日本語", used=25) == "日本…"
+    assert Terminal(io.StringIO()).fits("a line of\n more than thirty columns") == "a line of more than thirty columns"
+
+
+def test_neighbours_have_colours_of_their_own(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    painted = [Terminal(Screen()).hue(number, "|") for number in range(7)]
+    assert len(set(painted)) == 6
+    assert painted[0] == painted[6] == "\x1b[31m|\x1b[0m"
+    assert Terminal(io.StringIO()).hue(3, "|") == "|"
+
+
 def test_a_prompt_tells_readline_what_takes_no_room(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -81,4 +97,6 @@ def test_names_stand_above_each_other():
 def test_an_error_is_one_line():
     assert explain(ValueError("two\n lines")) == "two lines"
     assert explain(FileNotFoundError(2, "No such file or directory", "here")) == "here: No such file or directory"
+    assert explain(ValueError("a name\x1b[2J")) == "a name\ufffd[2J"
+    assert explain(FileNotFoundError(2, "No such file", "here\x07")) == "here\ufffd: No such file"
     assert explain(KeyboardInterrupt()) == "KeyboardInterrupt"

@@ -62,18 +62,13 @@ def import_(options: argparse.Namespace) -> int:
     made = not is_address(options.store) and not place.exists()
     if made and not place.absolute().parent.is_dir():
         raise UsageError(f"there is no directory {place.parent}: make it, or correct --store")
-    try:
-        with (
-            users_words(),
-            Store(options.store, key=key_of(options)) if made else opened(options, writing=True) as store,
-        ):
-            name = store.import_(options.path, options.name)
-            info = store.info(name)
-    except BaseException:
-        if made:
-            # Nothing came in, so nothing stays.
-            place.unlink(missing_ok=True)
-        raise
+    if made:
+        # A file that cannot be read is found before a store is made for it.
+        with users_words(), Store.in_memory() as nowhere:
+            nowhere.import_(options.path, options.name)
+    with users_words(), Store(options.store, key=key_of(options)) if made else opened(options, writing=True) as store:
+        name = store.import_(options.path, options.name)
+        info = store.info(name)
     if options.json:
         forms.print_json({"path": str(options.path), "made_store": made, "memory": forms.of_memory(info)})
     else:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from ._changes import Blame, Change, Diff, Direction, HeadDiff, MergeResult, Redaction, Share
 from ._default import default_bundle
+from ._health import Health
 from ._native import Generation, GenerationStats, Geometry, Model, Session, Snapshot, Store, __version__, scan
 from ._records import Commit, Damage, GcReport, MemoryInfo, Move, RepairReport, StoreStats, VerifyReport
 from .errors import (
@@ -24,6 +25,7 @@ from .errors import (
     DamagedError,
     DeltaMemError,
     DeviceError,
+    DriftWarning,
     ExistsError,
     FingerprintError,
     MergeWarning,
@@ -60,6 +62,7 @@ __all__ = [
     "DeviceError",
     "Diff",
     "Direction",
+    "DriftWarning",
     "ExistsError",
     "FingerprintError",
     "GcReport",
@@ -67,6 +70,7 @@ __all__ = [
     "GenerationStats",
     "Geometry",
     "HeadDiff",
+    "Health",
     "MemoryInfo",
     "MergeResult",
     "MergeWarning",

@@ -15,6 +15,7 @@ __all__ = [
     "DamagedError",
     "DeltaMemError",
     "DeviceError",
+    "DriftWarning",
     "ExistsError",
     "FingerprintError",
     "MergeWarning",
@@ -158,6 +159,10 @@ class UnavailableError(StoreError, ConnectionError):
 
 class ServerError(StoreError, ConnectionError):
     """An address that names no server, a wrong user or password, or a server that cannot keep a store."""
+
+
+class DriftWarning(UserWarning):
+    """A watched memory (``on_drift``) is not healthy any more; the message says why, and what was done."""
 
 
 class MergeWarning(UserWarning):

@@ -116,8 +116,8 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Every bound with its name.
-    fn named(&self) -> impl Iterator<Item = (&'static str, &Vec<Vec<f64>>)> {
+    /// Every bound that there is, with its name.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, &Vec<Vec<f64>>)> {
         [
             ("norm", Some(&self.norm)),
             ("spectral_norm", Some(&self.spectral_norm)),

@@ -12,6 +12,7 @@
 mod errors;
 mod generation;
 mod geometry;
+mod health;
 mod history;
 mod keeping;
 mod model;

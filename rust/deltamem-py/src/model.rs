@@ -11,8 +11,9 @@ use pyo3::prelude::*;
 
 use crate::errors::{named, store_to_python, to_python};
 use crate::geometry::Geometry;
+use crate::health::OnDrift;
 use crate::keeping::Kept;
-use crate::session::Session;
+use crate::session::{Opening, Session};
 use crate::store::Store;
 
 /// A loaded bundle: a frozen language model with its δ-mem networks. Shared by any number of sessions and threads.
@@ -122,6 +123,17 @@ impl Model {
     ///     call after a reply that was broken off, and at ``close()``. If that commit fails its error is raised there; the session keeps
     ///     the turn and the next commit holds it.
     ///
+    /// read_only : bool
+    ///     Read the memory and never write it, whatever a call's ``write`` says; bit for bit the same before and after. States may be taken up
+    ///     (``restore``, ``checkout``, ``reset``); what would change the store raises ``SessionError``.
+    /// on_drift : {"warn", "freeze", "rollback"}, optional
+    ///     Look at the memory at every end of a turn and act when it is not healthy (``Session.health``, docs/health.md), with a
+    ///     ``DriftWarning``: nothing else; writes off from then on; back to the last healthy state, with a store by a rollback of the branch
+    ///     that ``rollback("main@{1}")`` takes back.
+    /// strength : float
+    ///     What the memory's corrections are multiplied by when it is read: 0 reads nothing, 1 is as trained. Other strengths run the bundle's
+    ///     measured graph, which holds the weights in memory a second time.
+    ///
     /// Raises
     /// ------
     /// FingerprintError
@@ -129,8 +141,10 @@ impl Model {
     /// NotFoundError
     ///     The memory has no such branch.
     /// ValueError
-    ///     A store without a name, ``autocommit`` without a store.
-    #[pyo3(signature = (name=None, *, store=None, branch="main", autocommit=false))]
+    ///     A store without a name, ``autocommit`` without a store; ``read_only`` with ``autocommit`` or ``on_drift``; a strength below 0.
+    /// BundleError
+    ///     A strength other than 1 for a bundle whose graph has no input for it.
+    #[pyo3(signature = (name=None, *, store=None, branch="main", autocommit=false, read_only=false, on_drift=None, strength=1.0))]
     fn session(
         &self,
         py: Python<'_>,
@@ -138,14 +152,28 @@ impl Model {
         store: Option<PyRef<'_, Store>>,
         branch: &str,
         autocommit: bool,
+        read_only: bool,
+        on_drift: Option<&str>,
+        strength: f32,
     ) -> PyResult<Session> {
+        let opening = Opening {
+            read_only,
+            on_drift: OnDrift::parse(on_drift)?,
+            strength,
+        };
+        if read_only && (autocommit || on_drift.is_some()) {
+            return Err(PyValueError::new_err(
+                "read_only=True with autocommit or on_drift: a memory that is only read has nothing to commit and cannot drift; leave \
+                 one of them out",
+            ));
+        }
         let Some(store) = store else {
             if autocommit {
                 return Err(PyValueError::new_err(
                     "autocommit=True without a store; pass store=deltamem_rt.Store(path)",
                 ));
             }
-            return Session::new(Arc::clone(&self.inner), name, None);
+            return Session::new(Arc::clone(&self.inner), name, None, opening);
         };
         let Some(name) = name else {
             return Err(PyValueError::new_err(
@@ -167,7 +195,7 @@ impl Model {
         let kept = py
             .detach(|| Kept::open(kept, memory, branch.to_owned(), autocommit, parts, model))
             .map_err(store_to_python)?;
-        Session::new(Arc::clone(&self.inner), Some(name), Some(kept))
+        Session::new(Arc::clone(&self.inner), Some(name), Some(kept), opening)
     }
 
     /// Which memories this model may load: 64 hexadecimal digits over backbone, adapter, configuration and tokenizer.

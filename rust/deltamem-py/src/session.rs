@@ -16,6 +16,7 @@ use pyo3::types::PyString;
 use crate::errors::{detached, named, problem_to_python, store_to_python, to_python};
 use crate::generation::Generation;
 use crate::geometry::Geometry;
+use crate::health::{self, OnDrift, Report, Watch};
 use crate::history;
 use crate::keeping::Kept;
 use crate::records;
@@ -48,6 +49,19 @@ pub(crate) struct Slot {
     engine: deltamem_engine::Session,
     /// Its place in a store, if it has one.
     kept: Option<Kept>,
+    /// Who looks at the memory behind every end of a turn, if anybody does.
+    watch: Option<Watch>,
+    read_only: bool,
+    /// What errors and warnings call it.
+    label: String,
+}
+
+/// How a session is opened, beside its place in a store.
+#[derive(Clone, Copy)]
+pub(crate) struct Opening {
+    pub(crate) read_only: bool,
+    pub(crate) on_drift: Option<OnDrift>,
+    pub(crate) strength: f32,
 }
 
 /// Exclusive use of an open session.
@@ -74,10 +88,55 @@ impl Slot {
     /// Brings an unfinished reply into order before a call that moves the session; a turn that ends by that is committed, if the session
     /// commits by itself.
     fn settle(&mut self, py: Python<'_>) -> PyResult<()> {
-        if !self.kept.as_ref().is_some_and(|kept| kept.autocommit) || !self.engine.unsettled() {
+        let commits = self.kept.as_ref().is_some_and(|kept| kept.autocommit);
+        if !(commits || self.watch.is_some()) || !self.engine.unsettled() {
             return Ok(());
         }
         self.ending(py, |engine, interrupt| engine.settle(interrupt))
+    }
+
+    /// What may end a turn in front of a commit that the caller makes: the watch looks at that turn, and it is not committed by itself.
+    fn ending_before_commit<T: Send>(
+        &mut self,
+        py: Python<'_>,
+        work: impl FnOnce(
+            &mut deltamem_engine::Session,
+            &mut dyn FnMut() -> bool,
+        ) -> Result<T, deltamem_engine::EngineError>
+        + Send,
+    ) -> PyResult<T> {
+        let turns = self.engine.turns();
+        let engine = &mut self.engine;
+        let made = detached(py, |interrupt| work(engine, interrupt))?;
+        if self.engine.turns() > turns {
+            self.look(py)?;
+        }
+        Ok(made)
+    }
+
+    /// Has the watch look at the turn that has just ended, and tells what it did. The session is between turns.
+    fn look(&mut self, py: Python<'_>) -> PyResult<()> {
+        let Some(watch) = &mut self.watch else {
+            return Ok(());
+        };
+        let (engine, kept) = (&mut self.engine, self.kept.as_mut());
+        let said = py
+            .detach(|| watch.look(engine, kept))
+            .map_err(problem_to_python)?;
+        match said {
+            Some(said) => health::warn(py, &self.label, &said),
+            None => Ok(()),
+        }
+    }
+
+    /// The session has taken up another state.
+    fn begin(&mut self) -> PyResult<()> {
+        match &mut self.watch {
+            Some(watch) => watch
+                .begin(&mut self.engine, self.kept.as_ref())
+                .map_err(to_python),
+            None => Ok(()),
+        }
     }
 
     /// Runs engine work that may end a turn, and commits one that did.
@@ -95,7 +154,7 @@ impl Slot {
         let result = detached(py, |interrupt| work(engine, interrupt));
         // A turn may have ended before the work failed.
         if self.engine.turns() > turns
-            && let Err(error) = self.autocommit(py)
+            && let Err(error) = self.autocommit(py).and_then(|()| self.look(py))
         {
             return Err(match result {
                 Ok(_) => error,
@@ -134,11 +193,25 @@ impl Slot {
     /// Whether the session holds what its head does not.
     fn dirty(&self) -> bool {
         let engine = &self.engine;
-        engine.unsettled()
-            || self
-                .kept
-                .as_ref()
-                .is_some_and(|kept| kept.differs(&engine.memory(), engine.tokens_seen(), engine.turns()))
+        !self.read_only
+            && (engine.unsettled()
+                || self
+                    .kept
+                    .as_ref()
+                    .is_some_and(|kept| kept.differs(&engine.memory(), engine.tokens_seen(), engine.turns())))
+    }
+
+    /// The session's place in a store, for what changes something there.
+    fn writing(&mut self, label: &str) -> PyResult<&mut Kept> {
+        if self.read_only {
+            return Err(named(
+                "SessionError",
+                format!(
+                    "{label} is read-only, so nothing of its store is changed; open it without read_only=True"
+                ),
+            ));
+        }
+        self.kept(label)
     }
 
     /// Settles, and refuses to lose what is not committed.
@@ -170,7 +243,7 @@ impl Slot {
         if let Some(kept) = &mut self.kept {
             kept.stand(head);
         }
-        Ok(())
+        self.begin()
     }
 }
 
@@ -179,14 +252,23 @@ impl Session {
         model: Arc<deltamem_engine::Model>,
         name: Option<String>,
         kept: Option<Kept>,
+        opening: Opening,
     ) -> PyResult<Self> {
+        let mut engine = deltamem_engine::Session::new(Arc::clone(&model));
+        engine.set_strength(opening.strength).map_err(to_python)?;
+        engine.set_writable(!opening.read_only);
         let mut slot = Slot {
-            engine: deltamem_engine::Session::new(Arc::clone(&model)),
+            watch: opening.on_drift.map(|on_drift| Watch::new(on_drift, &engine)),
+            engine,
             kept,
+            read_only: opening.read_only,
+            label: label_of(name.as_deref()),
         };
         let head = slot.kept.as_mut().and_then(|kept| kept.head.take());
         if head.is_some() {
             slot.stand(head)?;
+        } else {
+            slot.begin()?;
         }
         Ok(Self {
             name,
@@ -221,10 +303,7 @@ impl Session {
     }
 
     fn label(&self) -> String {
-        self.name.as_ref().map_or_else(
-            || "the session".to_owned(),
-            |name| format!("the session {name:?}"),
-        )
+        label_of(self.name.as_deref())
     }
 
     /// Takes the session for one call, or says that another thread has it.
@@ -253,7 +332,7 @@ impl Session {
     ///     What to read. A contiguous int32 array is used where it lies. Text at the start of a turn gets the special tokens that the
     ///     tokenizer puts at a start.
     /// write : bool
-    ///     Whether these tokens may write the memory; False only reads it.
+    ///     Whether these tokens may write the memory; False only reads it. In a session that is read-only or frozen none writes.
     /// logits : bool
     ///     Whether to return the logits of every token.
     /// spans : "token", or sequence of int or ndarray of int32 or int64 with shape [T], optional
@@ -517,15 +596,86 @@ impl Session {
     /// FingerprintError
     ///     The snapshot was written by another model. The session is as it was.
     fn restore(&self, snapshot: PyRef<'_, Snapshot>) -> PyResult<()> {
-        self.with(|session| session.restore(&snapshot.inner).map_err(to_python))
+        self.at(|slot, _| {
+            slot.engine.restore(&snapshot.inner).map_err(to_python)?;
+            slot.begin()
+        })
     }
 
     /// Empty the memory and drop the turn.
     fn reset(&self) -> PyResult<()> {
-        self.with(|session| {
-            session.reset();
+        self.at(|slot, _| {
+            slot.engine.reset();
+            slot.begin()
+        })
+    }
+
+    /// What the memory looks like, and whether healthy memories of this bundle look like that (docs/health.md). The session stays as it is.
+    ///
+    /// The verdict holds the figures against the bounds that the bundle learnt at export; a bundle that learnt none says only whether the
+    /// numbers can be used. A watched session (``on_drift``) also knows how far the last turn moved the state.
+    ///
+    /// Parameters
+    /// ----------
+    /// measure : bool
+    ///     Also read the last tokens of the session (at most 256, over turns) once more without writing, for the size of the corrections and
+    ///     the gates. It takes the bundle's measured graph; without one, or before the first token, these are None.
+    #[pyo3(signature = (*, measure=true))]
+    fn health<'py>(&self, py: Python<'py>, measure: bool) -> PyResult<Bound<'py, PyAny>> {
+        self.at(|slot, _| {
+            let engine = &slot.engine;
+            let measured = if measure {
+                detached(py, |interrupt| engine.measure(interrupt))?
+            } else {
+                None
+            };
+            let (watch, head) = (
+                slot.watch.as_ref(),
+                slot.kept.as_ref().and_then(|kept| kept.head.as_ref()),
+            );
+            let report = py.detach(|| Report::of(engine, watch, head, measured));
+            report.to_python(py, engine, watch)
+        })
+    }
+
+    /// Put writes on again after ``on_drift="freeze"``, and take the memory as it is for a start: what is healthy, or how far a turn moves it,
+    /// is asked from here on. Does nothing to a session that is not frozen.
+    fn unfreeze(&self) -> PyResult<()> {
+        self.at(|slot, _| {
+            if slot.watch.as_ref().is_some_and(|watch| watch.frozen) {
+                slot.begin()?;
+            }
             Ok(())
         })
+    }
+
+    /// Whether writes are off because the memory drifted (``on_drift="freeze"``).
+    #[getter]
+    fn frozen(&self) -> PyResult<bool> {
+        self.at(|slot, _| Ok(slot.watch.as_ref().is_some_and(|watch| watch.frozen)))
+    }
+
+    /// What is done when the memory drifts: "warn", "freeze", "rollback", or None.
+    #[getter]
+    fn on_drift(&self) -> PyResult<Option<&'static str>> {
+        self.at(|slot, _| Ok(slot.watch.as_ref().map(|watch| watch.on_drift.word())))
+    }
+
+    /// Whether the session reads its memory and never writes it.
+    #[getter]
+    fn read_only(&self) -> PyResult<bool> {
+        self.at(|slot, _| Ok(slot.read_only))
+    }
+
+    /// What the memory's corrections are multiplied by: 0 reads nothing, 1 is as trained. It holds for tokens read from now on; may be set.
+    #[getter]
+    fn strength(&self) -> PyResult<f32> {
+        self.with(|session| Ok(session.strength()))
+    }
+
+    #[setter]
+    fn set_strength(&self, strength: f32) -> PyResult<()> {
+        self.with(|session| session.set_strength(strength).map_err(to_python))
     }
 
     /// Close the session and free its memory. What ``memory`` or ``snapshot`` gave stays valid. Closing twice does nothing.
@@ -648,9 +798,8 @@ impl Session {
     ) -> PyResult<Bound<'py, PyAny>> {
         let meta = meta_text(meta)?;
         self.at(|slot, label| {
-            slot.kept(label)?.on().map_err(problem_to_python)?;
-            let engine = &mut slot.engine;
-            let snapshot = detached(py, |interrupt| engine.snapshot(interrupt))?;
+            slot.writing(label)?.on().map_err(problem_to_python)?;
+            let snapshot = slot.ending_before_commit(py, |engine, interrupt| engine.snapshot(interrupt))?;
             let kept = slot.kept(label)?;
             let commit = py
                 .detach(|| kept.commit(snapshot, message, meta.as_deref()))
@@ -752,7 +901,7 @@ impl Session {
     ///     There is a branch or a tag of that name; ``checkout`` goes to it.
     fn branch(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         self.at(|slot, label| {
-            let kept = slot.kept(label)?;
+            let kept = slot.writing(label)?;
             py.detach(|| kept.clear()).map_err(problem_to_python)?;
             // Before the first commit there is nothing to point at: the first commit will be on that branch.
             if let Some(head) = kept.head_id() {
@@ -816,7 +965,7 @@ impl Session {
     #[pyo3(signature = (name, r#ref="HEAD"))]
     fn tag<'py>(&self, py: Python<'py>, name: &str, r#ref: &str) -> PyResult<Bound<'py, PyAny>> {
         self.at(|slot, label| {
-            let kept = slot.kept(label)?;
+            let kept = slot.writing(label)?;
             let commit = py
                 .detach(|| {
                     let id = kept.resolve(r#ref)?.to_string();
@@ -861,6 +1010,7 @@ impl Session {
     ) -> PyResult<Bound<'py, PyAny>> {
         let meta = meta_text(meta)?;
         self.at(|slot, label| {
+            slot.writing(label)?;
             let merged = if let Some(text) = r#ref {
                 let kept = slot.leave(py, label, force)?;
                 py.detach(|| {
@@ -884,8 +1034,7 @@ impl Session {
                 })
             } else {
                 slot.kept(label)?.on().map_err(problem_to_python)?;
-                let engine = &mut slot.engine;
-                let now = detached(py, |interrupt| {
+                let now = slot.ending_before_commit(py, |engine, interrupt| {
                     engine.end_turn(interrupt)?;
                     engine.snapshot(interrupt)
                 })?;
@@ -917,6 +1066,7 @@ impl Session {
     #[pyo3(signature = (r#ref, *, force=false))]
     fn rollback<'py>(&self, py: Python<'py>, r#ref: &str, force: bool) -> PyResult<Bound<'py, PyAny>> {
         self.at(|slot, label| {
+            slot.writing(label)?;
             let kept = slot.leave(py, label, force)?;
             let head = py
                 .detach(|| {
@@ -941,7 +1091,7 @@ impl Session {
     ///     There is a memory of the new name.
     fn fork(&self, py: Python<'_>, new_name: &str) -> PyResult<()> {
         self.at(|slot, label| {
-            let kept = slot.kept(label)?;
+            let kept = slot.writing(label)?;
             py.detach(|| kept.store.fork(&kept.name, new_name, None))
                 .map_err(store_to_python)
         })
@@ -993,11 +1143,12 @@ impl Session {
             slot.kept(label)?;
             let (mut ids, message) = self.asked(slot, &text)?;
             let now = slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))?;
-            let changed = slot.dirty();
+            let (changed, strength) = (slot.dirty(), slot.engine.strength());
             let mut reply = None;
             let queries = detached(py, |interrupt| {
                 let mut aside = deltamem_engine::Session::new(Arc::clone(&self.model));
                 aside.restore(&now)?;
+                aside.set_strength(strength)?;
                 if message && max_new_tokens > 0 {
                     let made = reply_to(&mut aside, ids.clone(), max_new_tokens, interrupt)?;
                     ids.extend(made.token_ids());
@@ -1030,7 +1181,7 @@ impl Session {
         match self.inner.try_lock().as_deref() {
             None => format!("Session({name}in use)"),
             Some(None) => format!("Session({name}closed)"),
-            Some(Some(Slot { engine, kept })) => {
+            Some(Some(Slot { engine, kept, .. })) => {
                 let at = kept.as_ref().map_or_else(String::new, |kept| {
                     let head = kept.head_id().map_or_else(
                         || "no commit".to_owned(),
@@ -1072,6 +1223,14 @@ impl Session {
         let (ids, _) = tokens(text, Spans::Token, false, &slot.engine)?;
         Ok((ids.into_vec()?, false))
     }
+}
+
+/// What errors and warnings call a session.
+fn label_of(name: Option<&str>) -> String {
+    name.map_or_else(
+        || "the session".to_owned(),
+        |name| format!("the session {name:?}"),
+    )
 }
 
 /// The likeliest reply to a rendered message, without writing.

@@ -18,10 +18,7 @@ pub(super) fn squared_singular_values(matrix: &[f32], rank: usize) -> Vec<f64> {
     let mut gram = vec![0.0; rank * rank];
     for i in 0..rank {
         for j in 0..=i {
-            let product: f64 = (rows[i * rank..][..rank].iter())
-                .zip(&rows[j * rank..][..rank])
-                .map(|(a, b)| a * b)
-                .sum();
+            let product = dot(&rows[i * rank..][..rank], &rows[j * rank..][..rank]);
             gram[i * rank + j] = product;
             gram[j * rank + i] = product;
         }
@@ -32,6 +29,21 @@ pub(super) fn squared_singular_values(matrix: &[f32], rank: usize) -> Vec<f64> {
         .into_iter()
         .map(|value| value.max(0.0) * scale * scale)
         .collect()
+}
+
+/// A product of two vectors in eight sums side by side, which a processor adds at once.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut sums = [0.0; 8];
+    let (left, right) = (a.chunks_exact(8), b.chunks_exact(8));
+    let rest: f64 = (left.remainder().iter().zip(right.remainder()))
+        .map(|(a, b)| a * b)
+        .sum();
+    for (a, b) in left.zip(right) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum::<f64>() + rest
 }
 
 /// Householder's reduction of a symmetric matrix [n, n]: its diagonal, and what stands beside it (one shorter).
@@ -51,9 +63,7 @@ fn three_diagonals(matrix: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>) {
         beside.push(turned);
         let half = 0.5 * v.iter().map(|x| x * x).sum::<f64>();
         let row = |i: usize| (k + i) * n + k..(k + i + 1) * n;
-        let mut w: Vec<f64> = (0..v.len())
-            .map(|i| matrix[row(i)].iter().zip(&v).map(|(a, v)| a * v).sum::<f64>() / half)
-            .collect();
+        let mut w: Vec<f64> = (0..v.len()).map(|i| dot(&matrix[row(i)], &v) / half).collect();
         let along = 0.5 * v.iter().zip(&w).map(|(v, w)| v * w).sum::<f64>() / half;
         for (w, v) in w.iter_mut().zip(&v) {
             *w -= along * v;

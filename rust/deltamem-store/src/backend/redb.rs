@@ -11,8 +11,6 @@
 //! (`Builder::set_check_integrity_on_open`). So each call into it stands in [`guarded`], which turns a panic into [`Error::Damaged`]; what
 //! it returns is checked again by the store, value by value.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -21,7 +19,6 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 use redb::{
     Builder, ConcurrencyMode, Database, ReadOnlyDatabase, ReadTransaction, ReadableDatabase, StorageBackend,
-    TableDefinition, TableError,
 };
 
 use super::memory::last;
@@ -35,6 +32,7 @@ mod overlay;
 mod pending;
 mod queue;
 mod salvage;
+mod tree;
 mod writer;
 
 pub use media::Media;
@@ -42,20 +40,9 @@ pub use salvage::SalvageBackend;
 
 use journal::{Contents, Mark, Trouble};
 use media::{Boxed, FileMedia};
-use pending::{Found, Item, Pending, merged};
+use pending::{Found, Pending, merged};
 use queue::Queue;
 use writer::Writer;
-
-/// A group's head.
-const HEADS: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("heads");
-/// Commits and moves: small, and read together. The key is the group, the kind's byte, the id.
-const OBJECTS: TableDefinition<&[u8; 65], &[u8]> = TableDefinition::new("objects");
-/// States: some KB each, apart, so that small values share pages with small ones.
-const STATES: TableDefinition<&[u8; 65], &[u8]> = TableDefinition::new("states");
-
-/// What the tree says of its journal, under one key.
-const JOURNAL: TableDefinition<&str, &[u8]> = TableDefinition::new("journal");
-const JOURNAL_KEY: &str = "mark";
 
 /// Why a reader may not read.
 const KILLED: &str = "its last writer was killed, and a reader must not repair it: open it for writing once";
@@ -351,7 +338,7 @@ impl Shared {
     /// A group's head as it is now.
     fn head(&self, group: Group) -> Result<Option<Vec<u8>>, Error> {
         let (found, begun) = self.view(|pending| pending.head(group))?;
-        head_of(&self.place, &begun, group, found)
+        guarded(&self.place, || tree::head(&self.place, &begun, group, found))
     }
 
     /// For a reader: goes over to the file that took the place of the one it has open.
@@ -374,7 +361,7 @@ fn check_tables(place: &str, begun: &ReadTransaction) -> Result<(), Error> {
         .map_err(|error| wrong(place, "opening it", error))?;
     for table in tables {
         let name = redb::TableHandle::name(&table).to_owned();
-        if !["heads", "objects", "states", "journal"].contains(&name.as_str()) {
+        if !tree::TABLES.contains(&name.as_str()) {
             return Err(Error::NotAStore {
                 place: place.to_owned(),
                 what: format!("it is a redb database with a table {name:?}"),
@@ -461,40 +448,6 @@ pub(crate) fn wrong(place: &str, doing: &'static str, error: impl Into<redb::Err
     }
 }
 
-fn object_key(group: Group, key: Key) -> [u8; 65] {
-    let mut out = [0; 65];
-    out[..32].copy_from_slice(&group.0);
-    out[32] = key.kind as u8;
-    out[33..].copy_from_slice(&key.id);
-    out
-}
-
-fn key_of(bytes: &[u8; 65], kind: Kind) -> Key {
-    let mut id = [0; 32];
-    id.copy_from_slice(&bytes[33..]);
-    Key { kind, id }
-}
-
-fn table_of(kind: Kind) -> TableDefinition<'static, &'static [u8; 65], &'static [u8]> {
-    match kind {
-        Kind::State => STATES,
-        Kind::Commit | Kind::Log => OBJECTS,
-    }
-}
-
-/// A table for reading; `None`: nothing was ever written to it.
-fn table<K: redb::Key + 'static>(
-    place: &str,
-    begun: &ReadTransaction,
-    definition: TableDefinition<'_, K, &'static [u8]>,
-) -> Result<Option<redb::ReadOnlyTable<K, &'static [u8]>>, Error> {
-    match begun.open_table(definition) {
-        Ok(table) => Ok(Some(table)),
-        Err(TableError::TableDoesNotExist(_)) => Ok(None),
-        Err(error) => Err(wrong(place, "reading", error)),
-    }
-}
-
 impl Backend for RedbBackend {
     fn place(&self) -> String {
         self.shared.place.clone()
@@ -508,27 +461,16 @@ impl Backend for RedbBackend {
         };
         let ((head, values), begun) = self.view(look)?;
         guarded(place, || {
-            let head = head_of(place, &begun, group, head)?;
-            let mut tables = HashMap::new();
-            let values = keys.iter().zip(values).map(|(key, found)| match found {
-                Found::Value(value) => Ok::<_, Error>(Some(value.to_vec())),
+            let mut tree = tree::Values::new(place, &begun);
+            let mut value = |(key, found): (&Key, Found)| match found {
+                Found::Value(value) => Ok(Some(value.to_vec())),
                 Found::Gone => Ok(None),
-                Found::Below => {
-                    let table = match tables.entry(key.kind == Kind::State) {
-                        Entry::Occupied(table) => table.into_mut(),
-                        Entry::Vacant(free) => free.insert(table(place, &begun, table_of(key.kind))?),
-                    };
-                    let Some(table) = table else {
-                        return Ok(None);
-                    };
-                    let value = table.get(&object_key(group, *key));
-                    let value = value.map_err(|error| wrong(place, "reading", redb::Error::from(error)))?;
-                    Ok(value.map(|value| value.value().to_vec()))
-                }
-            });
+                Found::Below => tree.get(group, *key),
+            };
+            let values = keys.iter().zip(values).map(&mut value);
             Ok(Read {
                 values: values.collect::<Result<_, _>>()?,
-                head,
+                head: tree::head(place, &begun, group, head)?,
             })
         })
     }
@@ -554,21 +496,14 @@ impl Backend for RedbBackend {
         let place = &self.shared.place;
         let ((mut said, cleared), begun) = self.view(|pending| pending.of(group, kind))?;
         guarded(place, || {
-            let reading = |error| wrong(place, "reading", redb::Error::from(error));
             let past = last(from);
             said.retain(|(id, _)| past.is_none_or(|past| *id > past));
-            let (start, end) = (past.unwrap_or([0; 32]), [0xFF; 32]);
-            let [start, end] = [start, end].map(|id| object_key(group, Key { kind, id }));
-            let table = table(place, &begun, table_of(kind))?.filter(|_| !cleared);
-            let range = table.map(|table| table.range::<&[u8; 65]>(&start..=&end));
-            let below = range.transpose().map_err(reading)?.into_iter().flatten();
-            let below = below.map(|entry| {
-                let (key, value) = entry.map_err(reading)?;
-                Ok((key_of(key.value(), kind).id, value.value().to_vec()))
-            });
-            let beyond = |entry: &Result<Item, Error>| !matches!(entry, Ok((id, _)) if Some(*id) == past);
-            let below = below.filter(beyond);
-            let items = merged(below, said, limit.max(1))?;
+            let below = if cleared {
+                None
+            } else {
+                Some(tree::values(place, &begun, group, kind, past)?)
+            };
+            let items = merged(below.into_iter().flatten(), said, limit.max(1))?;
             let items = items.into_iter().map(|(id, value)| (Key { kind, id }, value));
             Ok(Page::of_ordered(items.collect(), limit.max(1), |(key, _)| key.id))
         })
@@ -583,15 +518,7 @@ impl Backend for RedbBackend {
         };
         let (said, begun) = self.view(look)?;
         guarded(place, || {
-            let reading = |error| wrong(place, "reading", redb::Error::from(error));
-            let range = table(place, &begun, HEADS)?.map(|heads| heads.range::<&[u8; 32]>(&past..));
-            let below = range.transpose().map_err(reading)?.into_iter().flatten();
-            let below = below.map(|entry| {
-                let (group, head) = entry.map_err(reading)?;
-                Ok((*group.value(), head.value().to_vec()))
-            });
-            let beyond = |entry: &Result<Item, Error>| !matches!(entry, Ok((id, _)) if *id == past);
-            let below = below.filter(beyond);
+            let below = tree::heads(place, &begun, past)?;
             let items = merged(below, said, limit.max(1))?;
             let items = items.into_iter().map(|(id, head)| (Group(id), head));
             Ok(Page::of_ordered(items.collect(), limit.max(1), |(group, _)| {
@@ -608,7 +535,7 @@ impl Backend for RedbBackend {
         if self.shared.read_only {
             let place = &self.shared.place;
             let found = self.view(|_| ());
-            let found = found.and_then(|((), begun)| guarded(place, || headless(place, &begun)));
+            let found = found.and_then(|((), begun)| guarded(place, || tree::headless(place, &begun)));
             return found.or_else(|error| as_finding(place, error));
         }
         self.alone(Writer::check)
@@ -641,75 +568,14 @@ fn as_finding(place: &str, error: Error) -> Result<Vec<(String, String)>, Error>
     }
 }
 
-/// Values whose group has no head.
-fn headless(place: &str, begun: &ReadTransaction) -> Result<Vec<(String, String)>, Error> {
-    let reading = |error| wrong(place, "reading", redb::Error::from(error));
-    let mut found = Vec::new();
-    let heads = table(place, begun, HEADS)?;
-    for definition in [OBJECTS, STATES] {
-        let Some(objects) = table(place, begun, definition)? else {
-            continue;
-        };
-        let mut start = [0; 65];
-        loop {
-            // One look for each group: past all of its keys.
-            let first = objects.range::<&[u8; 65]>(&start..).map_err(reading)?.next();
-            let Some(entry) = first else {
-                break;
-            };
-            let (key, _) = entry.map_err(reading)?;
-            let mut group = [0; 32];
-            group.copy_from_slice(&key.value()[..32]);
-            let head = match &heads {
-                None => None,
-                Some(heads) => heads.get(&group).map_err(reading)?,
-            };
-            if head.is_none() {
-                found.push((
-                    format!("group {} of {place}", Group(group).to_hex()),
-                    "it has values and no head".into(),
-                ));
-            }
-            start[..32].copy_from_slice(&group);
-            start[32..].fill(0xFF);
-        }
-    }
-    Ok(found)
-}
-
 /// What a tree says of its journal.
 fn mark_of(place: &str, begun: &ReadTransaction) -> Result<Option<Mark>, Error> {
-    let reading = |error| wrong(place, "reading", redb::Error::from(error));
-    let Some(table) = table(place, begun, JOURNAL)? else {
+    let Some(mark) = tree::mark(place, begun)? else {
         return Ok(None);
     };
-    let Some(mark) = table.get(JOURNAL_KEY).map_err(reading)? else {
-        return Ok(None);
-    };
-    let mark = Mark::decode(mark.value());
-    mark.map(Some)
+    Mark::decode(&mark)
+        .map(Some)
         .map_err(|what| Error::damaged(place, format!("what it says of its journal is damaged: {what}")))
-}
-
-/// A group's head: what was found of it over the tree, else the tree's.
-fn head_of(
-    place: &str,
-    begun: &ReadTransaction,
-    group: Group,
-    found: Found,
-) -> Result<Option<Vec<u8>>, Error> {
-    match found {
-        Found::Value(head) => Ok(Some(head.to_vec())),
-        Found::Gone => Ok(None),
-        Found::Below => guarded(place, || {
-            let reading = |error| wrong(place, "reading", redb::Error::from(error));
-            let Some(heads) = table(place, begun, HEADS)? else {
-                return Ok(None);
-            };
-            let head = heads.get(&group.0).map_err(reading)?;
-            Ok(head.map(|head| head.value().to_vec()))
-        }),
-    }
 }
 
 fn weight(batch: &Batch) -> usize {

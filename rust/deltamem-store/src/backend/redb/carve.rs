@@ -2,18 +2,20 @@
 //! place where one may begin. Values are bound to their places by the store's seals, so a wrong guess opens nowhere. Pages that are
 //! free but not yet written over are found too: older heads, and what was deleted since the file was last written anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use redb::StorageBackend;
 
+use super::tree::read_key;
 use crate::backend::{Group, Key, Kind};
 
 const PAGE: u64 = 4096;
 const LEAF: u8 = 1;
-/// The width of a key in the table of heads, and in the others.
+/// The width of a key in the table of heads, of commits and moves, and of parts of states.
 const HEAD: usize = 32;
 const OBJECT: usize = 65;
+const PART: usize = 67;
 /// The modes of a seal, and the fewest bytes that one takes.
 const MODES: [u8; 2] = [1, 2];
 const SEAL: usize = 16;
@@ -27,7 +29,8 @@ type Places = Vec<(u64, usize)>;
 #[derive(Debug, Default)]
 pub(crate) struct Carved {
     pub heads: BTreeMap<Group, Places>,
-    objects: BTreeMap<(Group, Key), Places>,
+    /// By group, key, and which part of how many.
+    parts: BTreeMap<(Group, Key, [u8; 2]), Places>,
 }
 
 impl Carved {
@@ -39,7 +42,7 @@ impl Carved {
         for start in (PAGE..length).step_by(usize::try_from(PAGE).map_err(io::Error::other)?) {
             let there = usize::try_from((length - start).min(PAGE)).map_err(io::Error::other)?;
             file.read(start, &mut page[..there])?;
-            for width in [HEAD, OBJECT] {
+            for width in [HEAD, OBJECT, PART] {
                 found.leaf(&page[..there], start, length, width);
             }
         }
@@ -71,33 +74,76 @@ impl Carved {
         }
         for (key, (at, size)) in keys.into_iter().zip(values) {
             let inside = usize::try_from(at - start).ok().and_then(|first| page.get(first));
-            if size <= SEAL || inside.is_some_and(|mode| !MODES.contains(mode) && key[..32] != [0; 32]) {
+            let (group, of_store) = (group_of(key), key[..32] == [0; 32]);
+            let value = if width == HEAD { None } else { Some(read_key(key)?) };
+            // The first byte of a value is a seal's mode; a later part may be anything.
+            let begins = value.is_none_or(|(_, [_, number])| number == 0);
+            if begins
+                && (size <= SEAL && width != PART
+                    || inside.is_some_and(|mode| !MODES.contains(mode) && !of_store))
+            {
                 continue;
             }
             // What was cut off is lost; the entries before it are not.
             if at + size as u64 > length {
                 break;
             }
-            let mut group = [0; 32];
-            group.copy_from_slice(&key[..32]);
-            let places = if width == HEAD {
-                self.heads.entry(Group(group)).or_default()
-            } else {
-                let kind = Kind::ALL.into_iter().find(|kind| *kind as u8 == key[32])?;
-                let mut id = [0; 32];
-                id.copy_from_slice(&key[33..]);
-                self.objects.entry((Group(group), Key { kind, id })).or_default()
+            let places = match value {
+                None => self.heads.entry(group).or_default(),
+                Some((key, part)) => self.parts.entry((group, key, part)).or_default(),
             };
             places.push((at, size));
         }
         Some(())
     }
 
-    /// The values of one kind in a group; a key comes once for each value that was found for it.
-    pub(crate) fn of(&self, group: Group, kind: Kind) -> impl Iterator<Item = (Key, (u64, usize))> {
-        let key = |id| (group, Key { kind, id });
-        let range = self.objects.range(key([0; 32])..=key([0xFF; 32]));
-        range.flat_map(|((_, key), places)| places.iter().map(|place| (*key, *place)))
+    /// Where the parts of the values of one kind in a group stand; a part comes once for each place that was found for it.
+    pub(crate) fn of(&self, group: Group, kind: Kind) -> impl Iterator<Item = (Key, [u8; 2], (u64, usize))> {
+        let key = |byte: u8| (group, Key { kind, id: [byte; 32] }, [byte; 2]);
+        let range = self.parts.range(key(0)..=key(0xFF));
+        range.flat_map(|((_, key, part), places)| places.iter().map(|place| (*key, *part, *place)))
+    }
+}
+
+fn group_of(key: &[u8]) -> Group {
+    let mut group = [0; 32];
+    group.copy_from_slice(&key[..32]);
+    Group(group)
+}
+
+/// Parts of values that were found, in any order, perhaps in several versions.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces(BTreeMap<(Key, u8), BTreeMap<u8, Versions>>);
+
+type Versions = BTreeSet<Vec<u8>>;
+
+/// The most versions of one value that are put together.
+const VERSIONS: usize = 64;
+
+impl Pieces {
+    pub(crate) fn add(&mut self, key: Key, [count, number]: [u8; 2], bytes: Vec<u8>) {
+        let parts = self.0.entry((key, count)).or_default();
+        parts.entry(number).or_default().insert(bytes);
+    }
+
+    /// Every value of which all parts are there, in each version that they make.
+    pub(crate) fn whole(self) -> Vec<(Key, Vec<u8>)> {
+        let mut whole = Vec::new();
+        for ((key, count), parts) in self.0 {
+            if !parts.keys().copied().eq(0..count) {
+                continue;
+            }
+            let mut values = vec![Vec::new()];
+            for versions in parts.values() {
+                let longer = values.iter().flat_map(|value: &Vec<u8>| {
+                    let join = |part: &Vec<u8>| [value.as_slice(), part.as_slice()].concat();
+                    versions.iter().map(join).collect::<Vec<_>>()
+                });
+                values = longer.take(VERSIONS).collect();
+            }
+            whole.extend(values.into_iter().map(|value| (key, value)));
+        }
+        whole
     }
 }
 

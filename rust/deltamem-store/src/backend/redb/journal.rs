@@ -56,12 +56,11 @@ impl Mark {
     }
 }
 
-/// The changes of one fsync, as bytes.
-pub(super) fn frame(id: &[u8; 16], number: u64, batches: &[Batch]) -> Vec<u8> {
-    let values = batches.iter().flat_map(|batch| &batch.puts);
-    let room: usize = values.map(|(_, value)| value.len() + 41).sum();
-    let mut out = Writer(Vec::with_capacity(HEADER + room + 256 * batches.len()));
-    out.0.resize(HEADER, 0);
+/// The changes of one fsync, as bytes; `room` is a buffer to write them into.
+pub(super) fn frame(mut room: Vec<u8>, id: &[u8; 16], number: u64, batches: &[Batch]) -> Vec<u8> {
+    room.clear();
+    room.resize(HEADER, 0);
+    let mut out = Writer(room);
     out.u64(batches.len() as u64);
     for batch in batches {
         out.raw(&batch.group.0).u8(batch.clear.into());
@@ -291,12 +290,27 @@ pub(super) struct Journal {
     /// Where the next frame goes.
     end: u64,
     length: u64,
+    /// Kept from frame to frame: taking it anew costs more than filling it.
+    room: Vec<u8>,
 }
+
+/// The longest buffer that is kept.
+const ROOM: usize = 1 << 20;
 
 impl Journal {
     pub(super) fn new(file: Box<dyn StorageBackend>, end: u64) -> io::Result<Self> {
         let length = file.len()?;
-        Ok(Self { file, end, length })
+        Ok(Self {
+            file,
+            end,
+            length,
+            room: Vec::new(),
+        })
+    }
+
+    /// A buffer for the next frame.
+    pub(super) fn room(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.room)
     }
 
     pub(super) fn end(&self) -> u64 {
@@ -304,16 +318,19 @@ impl Journal {
     }
 
     /// Writes a frame behind the last one; it is durable when this returns.
-    pub(super) fn append(&mut self, frame: &[u8]) -> io::Result<()> {
+    pub(super) fn append(&mut self, frame: Vec<u8>) -> io::Result<()> {
         let end = self.end + frame.len() as u64;
         if end > self.length {
             let length = end.next_multiple_of(STEP);
             self.file.set_len(length)?;
             self.length = length;
         }
-        self.file.write(self.end, frame)?;
+        self.file.write(self.end, &frame)?;
         self.file.sync_data()?;
         self.end = end.next_multiple_of(ALIGN);
+        if frame.capacity() <= ROOM {
+            self.room = frame;
+        }
         Ok(())
     }
 

@@ -11,11 +11,12 @@ use parking_lot::Mutex;
 use redb::backends::FileBackend;
 use redb::{Builder, Database, ReadOnlyDatabase, ReadTransaction, ReadableDatabase, StorageBackend};
 
-use super::carve::{self, Carved};
+use super::carve::{self, Carved, Pieces};
 use super::media::{FileMedia, Media};
 use super::overlay::Overlay;
 use super::pending::{Found, Pending};
-use super::{HEADS, guarded, journal, key_of, mark_of, object_key, table, table_of, wrong};
+use super::tree::{self, HEADS, table};
+use super::{guarded, journal, mark_of, wrong};
 use crate::backend::{Applied, Backend, Batch, Compacted, Cursor, Group, Key, Kind, Page, Read};
 use crate::error::{Error, place_of};
 
@@ -405,12 +406,7 @@ impl Backend for SalvageBackend {
                 }
                 guarded(&self.place, || {
                     let begun = self.begin()?;
-                    let reading = |error| wrong(&self.place, "reading", redb::Error::from(error));
-                    let Some(table) = table(&self.place, &begun, table_of(key.kind))? else {
-                        return Ok(None);
-                    };
-                    let found = table.get(&object_key(group, *key)).map_err(reading)?;
-                    Ok(found.map(|value| value.value().to_vec()))
+                    tree::Values::new(&self.place, &begun).get(group, *key)
                 })
             })
             .collect::<Result<_, _>>()?;
@@ -438,47 +434,34 @@ impl Backend for SalvageBackend {
         for (id, value) in self.journal.of(group, kind).0 {
             items.extend(value.map(|value| (Key { kind, id }, value.to_vec())));
         }
-        // The search found every leaf that there is, those of a readable tree too.
+        let mut pieces = Pieces::default();
         if let Some((carved, file)) = &self.carved {
-            for (key, place) in carved.of(group, kind) {
-                let value = carve::bytes(file, place)
-                    .map_err(|error| wrong(&self.place, "reading", redb::Error::Io(error)))?;
-                items.insert((key, value));
+            // The search found every leaf that there is, those of a readable tree too.
+            for (key, part, place) in carved.of(group, kind) {
+                let bytes = carve::bytes(file, place);
+                let bytes = bytes.map_err(|error| wrong(&self.place, "reading", redb::Error::Io(error)))?;
+                pieces.add(key, part, bytes);
             }
-            return Ok(Page {
-                items: items.into_iter().collect(),
-                next: None,
-            });
-        }
-        for backwards in [false, true] {
-            let mut read = || {
-                guarded(&self.place, || {
-                    let begun = self.begin()?;
-                    let reading = |error| wrong(&self.place, "reading", redb::Error::from(error));
-                    let Some(table) = table(&self.place, &begun, table_of(kind))? else {
-                        return Ok(());
-                    };
-                    let start = object_key(group, Key { kind, id: [0; 32] });
-                    let end = object_key(group, Key { kind, id: [0xFF; 32] });
-                    let mut range = table.range::<&[u8; 65]>(&start..=&end).map_err(reading)?;
-                    while let Some(entry) = if backwards {
-                        range.next_back()
-                    } else {
-                        range.next()
-                    } {
-                        let (key, value) = entry.map_err(reading)?;
-                        items.insert((key_of(key.value(), kind), value.value().to_vec()));
-                    }
-                    Ok(())
-                })
-            };
-            if let Err(error) = read() {
-                self.note(
-                    format!("{kind:?}s of group {} of {}", group.to_hex(), self.place),
-                    error,
-                )?;
+        } else {
+            for backwards in [false, true] {
+                let mut read = || {
+                    guarded(&self.place, || {
+                        let begun = self.begin()?;
+                        let mut each = |key: &[u8], value: &[u8]| {
+                            if let Some((key, part)) = tree::read_key(key) {
+                                pieces.add(key, part, value.to_vec());
+                            }
+                        };
+                        tree::entries(&self.place, &begun, (group, kind), backwards, &mut each)
+                    })
+                };
+                if let Err(error) = read() {
+                    let place = format!("{kind:?}s of group {} of {}", group.to_hex(), self.place);
+                    self.note(place, error)?;
+                }
             }
         }
+        items.extend(pieces.whole());
         Ok(Page {
             items: items.into_iter().collect(),
             next: None,

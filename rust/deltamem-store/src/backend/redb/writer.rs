@@ -11,11 +11,9 @@ use super::journal::{self, Contents, Journal, Mark};
 use super::media::Boxed;
 use super::overlay::Overlay;
 use super::pending::Pending;
-use super::{
-    HEADS, JOURNAL, JOURNAL_KEY, OBJECTS, Open, STATES, Shared, TOGETHER, failed, guarded, object_key, table,
-    unavailable, wrong,
-};
-use crate::backend::{Applied, Batch, Compacted, Group, HeadChange, Kind};
+use super::tree::{self, HEADS, JOURNAL, JOURNAL_KEY, OBJECTS, STATES, table};
+use super::{Open, Shared, TOGETHER, failed, guarded, unavailable, wrong};
+use crate::backend::{Applied, Batch, Compacted, Group, HeadChange};
 use crate::error::Error;
 use crate::seal::random;
 
@@ -126,7 +124,8 @@ impl Writer {
         }
         self.begin_journal()?;
         let id = self.mark.map_or([0; 16], |mark| mark.id);
-        let frame = journal::frame(&id, self.last + 1, &batches);
+        let room = self.journal.as_mut().map(Journal::room).unwrap_or_default();
+        let frame = journal::frame(room, &id, self.last + 1, &batches);
         let full = |journal: &Journal| journal.end() > 0 && journal.end() + frame.len() as u64 > limit;
         if self.journal.as_ref().is_some_and(full) {
             self.checkpoint(true)?;
@@ -134,7 +133,7 @@ impl Writer {
         let Some(journal) = &mut self.journal else {
             return Err(unavailable(&shared.place, "it has no journal"));
         };
-        if let Err(source) = journal.append(&frame) {
+        if let Err(source) = journal.append(frame) {
             self.torn = true;
             return Err(failed(&shared.place, "writing its journal", source));
         }
@@ -370,7 +369,7 @@ fn check_tree(shared: &Shared) -> Result<Vec<(String, String)>, Error> {
         let begun = copy
             .begin_read()
             .map_err(|error| wrong(place, "checking its pages", error))?;
-        let mut found = super::headless(place, &begun)?;
+        let mut found = tree::headless(place, &begun)?;
         // A damaged last transaction makes redb fall back on the one before, without a word.
         let live = shared.database.read().begin(place)?;
         if heads(place, &begun)? != heads(place, &live)? {
@@ -454,25 +453,15 @@ fn write_tree(place: &str, database: &Database, changes: &Pending, mark: Option<
             };
         }
     }
-    for (definition, states) in [(OBJECTS, false), (STATES, true)] {
-        let mut table = begun.open_table(definition).map_err(opening)?;
+    {
+        let mut objects = begun.open_table(OBJECTS).map_err(opening)?;
+        let mut states = begun.open_table(STATES).map_err(opening)?;
         for group in changes.cleared() {
-            let (mut start, mut end) = ([0; 65], [0xFF; 65]);
-            start[..32].copy_from_slice(&group.0);
-            end[..32].copy_from_slice(&group.0);
-            table
-                .retain_in::<&[u8; 65], _>(&start..=&end, |_, _| false)
-                .map_err(writing)?;
+            tree::clear(place, &mut objects, &mut states, group)?;
         }
         for (group, key, value) in changes.values() {
-            if (key.kind == Kind::State) == states {
-                match value {
-                    Some(value) => table
-                        .insert(&object_key(group, key), value.as_slice())
-                        .map_err(writing)?,
-                    None => table.remove(&object_key(group, key)).map_err(writing)?,
-                };
-            }
+            let value = value.as_ref().map(|value| value.as_slice());
+            tree::put(place, &mut objects, &mut states, (group, key), value)?;
         }
     }
     if let Some(mark) = mark {

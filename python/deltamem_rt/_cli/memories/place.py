@@ -90,7 +90,7 @@ def _open(place: str, key: bytes | str | None, writing: bool, strict: bool) -> S
     if is_address(place):
         return Store(place, key=key)
     if not Path(place).exists():
-        raise FileNotFoundError(f"there is no store {place}; check the path (the first commit of a session makes one)")
+        raise FileNotFoundError(f"there is no store {place}; check the path (dm.Store makes one, and deltamem import)")
     if writing:
         return Store(place, key=key, shared=True)
     try:

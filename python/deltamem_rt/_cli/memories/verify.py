@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,27 @@ def _look(options: argparse.Namespace) -> tuple[VerifyReport | None, tuple[Damag
 
 def _save(options: argparse.Namespace, opens: bool) -> RepairReport:
     """Saves what is whole. A file that opens is asked for what it holds; another one is searched, page by page."""
-    key = key_of(options)
+    key, out = key_of(options), options.repair
     if opens:
         try:
-            with opened(options) as store:
-                return store.repair(options.repair, key=key)
-        except DamagedError:
+            with _whole_or_not_at_all(out), opened(options) as store:
+                return store.repair(out, key=key)
+        except (DamagedError, UnavailableError):
             if is_address(options.store):
                 raise
-            options.repair.unlink(missing_ok=True)
-    with users_words():
-        return Store.salvage(options.store, options.repair, key=key)
+    with _whole_or_not_at_all(out), users_words():
+        return Store.salvage(options.store, out, key=key)
+
+
+@contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[None]:
+    """Takes away what a failed repair began."""
+    try:
+        yield
+    except BaseException:
+        for path in (out, out.with_name(f"{out.name}.journal")):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _form(

@@ -451,12 +451,13 @@ def test_a_clean_store_is_clean_and_needs_no_repair(run, asked, path, tmp_path):
 
 
 def hurt(path: Path) -> None:
-    """One bit of one state is another one."""
-    data = bytearray(path.read_bytes())
-    states = [at for at in range(0, len(data), 512) if b"deltamem-snapshot" in data[at : at + 512]]
-    assert states
-    data[states[len(states) // 2] + 4000] ^= 0xFF
-    path.write_bytes(data)
+    """One byte of one state is another one, wherever the file has that state."""
+    with opened(path) as store:
+        memory = store.snapshot("ada", "v1").memory.tobytes()
+    needle = next(memory[at : at + 32] for at in range(0, len(memory), 32) if memory[at : at + 32].count(0) < 8)
+    data = path.read_bytes()
+    assert needle in data
+    path.write_bytes(data.replace(needle, bytes([needle[0] ^ 0xFF]) + needle[1:]))
 
 
 def test_a_file_that_may_be_any_file_is_refused_and_not_repaired(run, path, tmp_path):

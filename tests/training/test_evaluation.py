@@ -7,29 +7,32 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
-dm = pytest.importorskip("deltamem_rt", reason="the runtime is not installed: make setup")
-
-from deltamem_export import cli  # noqa: E402
-from deltamem_export.errors import ExportError  # noqa: E402
-from deltamem_export.evaluation import contest as contests  # noqa: E402
-from deltamem_export.evaluation import grading, report, tasks  # noqa: E402
-from deltamem_export.evaluation.contest import Answer, Contest  # noqa: E402
-from deltamem_export.evaluation.conversations import read_dialogues, read_talk  # noqa: E402
-from deltamem_export.evaluation.figures import Figure, perplexity_ratio  # noqa: E402
-from deltamem_export.evaluation.languages import Fact, PlainEnglish, TinyEnglish  # noqa: E402
-from deltamem_export.evaluation.leaks import refuse_leaks  # noqa: E402
-from deltamem_export.evaluation.plots import Point, Series, line_plot  # noqa: E402
-from deltamem_export.evaluation.prompts import Prompts, message  # noqa: E402
-from deltamem_export.evaluation.run import choose_language  # noqa: E402
-from deltamem_export.evaluation.work import Size, Work, about  # noqa: E402
-from deltamem_export.training.language import BY_NAME, RELATIONS  # noqa: E402
+import deltamem_rt as dm
+from deltamem_export import cli
+from deltamem_export.adapter import Adapter
+from deltamem_export.bundle import export_bundle
+from deltamem_export.errors import ExportError
+from deltamem_export.evaluation import contest as contests
+from deltamem_export.evaluation import grading, report, tasks
+from deltamem_export.evaluation.contest import Answer, Contest
+from deltamem_export.evaluation.conversations import read_dialogues, read_talk
+from deltamem_export.evaluation.figures import Figure, perplexity_ratio
+from deltamem_export.evaluation.languages import Fact, PlainEnglish, TinyEnglish
+from deltamem_export.evaluation.leaks import refuse_leaks
+from deltamem_export.evaluation.plots import Point, Series, line_plot
+from deltamem_export.evaluation.prompts import Prompts, message
+from deltamem_export.evaluation.run import choose_language
+from deltamem_export.evaluation.work import Size, Work, about
+from deltamem_export.training.language import BY_NAME, RELATIONS
 
 SMALL = Size(16, 8, (1, 4), (0, 200), (2,), 400, 1)
 LOCOMO = [
@@ -504,6 +507,23 @@ def test_a_bundle_without_a_chat_template_or_of_another_language_is_refused():
     with pytest.raises(ExportError, match=r"my-bundle: its card names no recipe.*leave out --language tiny"):
         choose_language("tiny", {}, 0, Path("my-bundle"))
     assert choose_language("auto", {}, 0, Path("my-bundle")).name == "plain"
+
+
+@pytest.mark.parametrize("granularity", ["token", "message_mean"])
+def test_another_bundle_is_asked_in_plain_english(tmp_path, parity_data, granularity):
+    """Random weights under a tokenizer of characters, which remember nothing: everything runs, and no control is failed."""
+    torch.set_num_threads(1)
+    source = parity_data / "llama_tsw_qo"
+    own = Adapter.load(source / "adapter")
+    adapter = Adapter(replace(own.config, memory_write_granularity=granularity), own.layers)
+    bundle = export_bundle(source / "backbone", adapter, tmp_path / "bundle", check=False, say=lambda _: None)
+    common = ("--quick", "--cases", 4, "--reader-cases", 2, "--threads", 1, "--max-new-tokens", 4)
+    assert run("--bundle", bundle, "--report", tmp_path, *common, "--tasks", "controls,overwrite,merge,harm") == 0
+    found = json.loads((tmp_path / report.JSON_FILE).read_text())
+    assert found["language"] == "plain"
+    assert "nothing is known" in found["training"]
+    rows = {(row["case"], row["against"]): row["figures"] for row in found["tasks"]["overwrite"]["rows"]}
+    assert rows["changed 1x", "context"]["in the prompt"]["value"] == 1
 
 
 def test_nothing_of_it_imports_pytorch():

@@ -39,7 +39,7 @@ body{font:15px/1.5 sans-serif;color:#222;max-width:1100px;margin:2rem auto;paddi
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;font-size:13px;margin:.6rem 0;font-variant-numeric:tabular-nums}
 td,th{padding:.15rem .7rem .15rem 0;text-align:left;vertical-align:top;white-space:nowrap}
-th{border-bottom:1px solid #999;font-weight:600}tr.first td{border-top:1px solid #e4e4e4}
+th{font-weight:600}tr.head th{border-bottom:1px solid #999}tr.first td{border-top:1px solid #e4e4e4}
 .r{text-align:right}.i{color:#777}.bad{color:#b00020;font-weight:600}.good{color:#1a7f37}.scroll{overflow-x:auto}svg{max-width:100%;height:auto}
 """
 
@@ -84,11 +84,11 @@ def page(report: Mapping[str, Any]) -> str:
     failures = [line for task in tasks.values() for line in task["failures"]]
     verdict = "".join(f'<p class="bad">{escape(line)}</p>' for line in failures)
     if "controls" in tasks and not failures:
-        verdict = '<p class="good">Controls passed: recall with another memory and with none sits at chance.</p>'
+        verdict = '<p class="good">Controls passed: with somebody else\'s memory and with none, recall is not above chance.</p>'
     facts = {
         "bundle": f"{bundle['name']}, fingerprint {bundle['fingerprint'][:12]}, memory {bundle['memory_bytes']:,} bytes",
         "limits": f"prompts of at most {report['limits']['budget']:,} tokens, replies of {report['limits']['max_new_tokens']}, "
-        f"BM25 gives {report['limits']['turns_retrieved']} turns; the same for every opponent",
+        f"BM25's best {report['limits']['turns_retrieved']} of the past turns; the same for every opponent",
         "language": report["language"],
         "made": f"{report['made']}, {report['machine']}, {', '.join(f'{k} {v}' for k, v in report['versions'].items())}",
         "training data": report["training"],
@@ -105,13 +105,17 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _section(name: str, task: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in task["settings"].items())
+    settings = "; ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in task["settings"].items())
     notes = "".join(f"<br>{escape(note)}" for note in task["notes"])
     plots = "".join(f"<div>{plot}</div>" for plot in _plots(name, task["rows"]) if plot)
     return (
         f"<h2>{escape(name)}</h2><p>{escape(WHAT.get(name, ''))}</p>{plots}{_table(task['rows'])}"
         f'<p class="i">{escape(settings)}; took {task["seconds"]:.0f} s{notes}</p>'
     )
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
 def _plots(name: str, rows: list[dict[str, Any]]) -> Iterable[str]:
@@ -188,17 +192,24 @@ def _table(rows: list[dict[str, Any]]) -> str:
     costs = any(row["cost"] for row in rows)
     head = ["", "", *names, *(("tokens read", "ms", "bytes kept") if costs else ())]
     lines, last = [], None
-    for row in rows:
+    # What is repeated at every mark of a stream stands together.
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    for row in sorted(rows, key=lambda row: kinds.index(_kind(row))):
         cells = [escape(row["case"]) if row["case"] != last else "", escape(row["against"])]
         cells += [_figure(row["figures"].get(name)) for name in names]
         if row["cost"]:
             cost = row["cost"]
             cells += [f"{cost['tokens_read']:,.0f}", f"{cost['seconds'] * 1e3:,.1f}", f"{cost['kept_bytes']:,}"]
+        cells += [""] * (len(head) - len(cells))
         first = ' class="first"' if row["case"] != last else ""
         lines.append(f"<tr{first}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
         last = row["case"]
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return f'<div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
+    return f'<div class="scroll"><table><tr class="head">{top}</tr>{"".join(lines)}</table></div>'
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return str(row["case"]).partition(": ")[0]
 
 
 def _figure(figure: Mapping[str, Any] | None) -> str:

@@ -11,12 +11,12 @@
 mod suite;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use deltamem_store::backend::Backend;
-use deltamem_store::backend::redb::SalvageBackend;
+use deltamem_store::backend::redb::{RedbBackend, RedbOptions, SalvageBackend};
 use deltamem_store::{CommitId, Error, Options, Store};
 use suite::memories::{commit, open_file as open, sealed, snapshot};
 use suite::workload::Dice;
@@ -299,4 +299,119 @@ fn a_damaged_state_costs_its_commit_and_no_other() {
     );
     let backend: &Arc<dyn Backend> = broken.backend();
     assert!(backend.compact().is_err());
+}
+
+/// A store whose process was killed: its file and its journal as they were while it was open, and the truth.
+fn killed(directory: &Path) -> (PathBuf, BTreeMap<String, BTreeMap<CommitId, u64>>) {
+    let (live, path) = (directory.join("live"), directory.join("memories"));
+    let mut truth = example(&live, false);
+    let store = open(&live, Options::default()).unwrap();
+    let late = (5_000..5_020).map(|n| (commit(&store, "late", n).id, n));
+    truth.insert("late".into(), late.collect());
+    std::fs::copy(&live, &path).unwrap();
+    std::fs::copy(live.with_extension("journal"), path.with_extension("journal")).unwrap();
+    (path, truth)
+}
+
+fn saved(path: &Path) -> (Store, deltamem_store::RepairReport) {
+    let broken =
+        Store::open_damaged(Arc::new(SalvageBackend::open(path).unwrap()), Options::default()).unwrap();
+    let whole = Store::in_memory(Options::default()).unwrap();
+    let report = broken.repair(&whole).unwrap();
+    assert_eq!(whole.verify().unwrap().damages, []);
+    (whole, report)
+}
+
+#[test]
+fn what_is_only_in_the_journal_of_a_killed_process_is_read_and_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, truth) = killed(directory.path());
+    let reader = RedbBackend::open_read_only(&path, RedbOptions::default());
+    assert!(
+        matches!(reader, Err(Error::Unavailable { .. })),
+        "a reader repairs nothing"
+    );
+    let (whole, report) = saved(&path);
+    assert_eq!((report.losses.as_slice(), report.commits), (&[][..], 96 + 20));
+    assert_eq!(whole.checkout("late", "HEAD").unwrap().1, snapshot(5_019));
+    let store = open(&path, Options::default()).unwrap();
+    assert!(only_truth(&store, &truth));
+    assert_eq!(store.checkout("late", "HEAD").unwrap().1, snapshot(5_019));
+    assert_eq!(store.verify().unwrap().damages, []);
+    store.close().unwrap();
+    assert!(
+        !path.with_extension("journal").exists(),
+        "nothing lies beside a closed store"
+    );
+    assert_eq!(
+        open(&path, Options::default())
+            .unwrap()
+            .log("late", &["HEAD"], 100)
+            .unwrap()
+            .len(),
+        20
+    );
+}
+
+#[test]
+fn a_journal_that_is_missing_another_files_or_damaged_is_named_and_the_rest_is_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, _) = killed(directory.path());
+    let journal = path.with_extension("journal");
+    let good = std::fs::read(&journal).unwrap();
+
+    std::fs::remove_file(&journal).unwrap();
+    let missing = open(&path, Options::default()).unwrap_err();
+    assert!(
+        matches!(&missing, Error::Damaged { what, .. } if what.contains("is missing")),
+        "{missing}"
+    );
+    let (whole, report) = saved(&path);
+    assert_eq!(report.commits, 96);
+    assert!(
+        report.losses.iter().any(|loss| loss.what.contains("missing")),
+        "{:?}",
+        report.losses
+    );
+    assert!(whole.names("").unwrap().iter().all(|name| name != "late"));
+
+    let others = tempfile::tempdir().unwrap();
+    let (other, _) = killed(others.path());
+    std::fs::copy(other.with_extension("journal"), &journal).unwrap();
+    let foreign = open(&path, Options::default()).unwrap_err();
+    assert!(
+        matches!(&foreign, Error::Unavailable { reason, .. } if reason.contains("another file")),
+        "{foreign}"
+    );
+
+    let mut dice = Dice(3);
+    let (mut noticed, mut all) = (0, 0);
+    for _ in 0..60 {
+        let mut bad = good.clone();
+        let at = usize::try_from(dice.roll(60_000)).unwrap();
+        bad[at] ^= 1 << dice.roll(8);
+        let directory = tempfile::tempdir().unwrap();
+        let copy = directory.path().join("memories");
+        std::fs::copy(&path, &copy).unwrap();
+        std::fs::write(copy.with_extension("journal"), &bad).unwrap();
+        match open(&copy, Options::default()) {
+            Ok(store) => {
+                let commits = store.log("late", &["HEAD"], 100).unwrap().len();
+                assert!(commits >= 19, "byte {at}: {commits} commits without a word");
+            }
+            Err(error) => {
+                said(&error);
+                noticed += 1;
+                let (whole, report) = saved(&copy);
+                assert!(!report.losses.is_empty());
+                all += whole.log("late", &["HEAD"], 100).map_or(0, |log| log.len());
+            }
+        }
+    }
+    assert!(noticed > 20, "{noticed} of 60 flips were noticed");
+    assert!(
+        all * 10 > noticed * 20 * 4,
+        "{all} commits were saved of {}",
+        noticed * 20
+    );
 }

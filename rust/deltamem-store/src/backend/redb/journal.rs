@@ -214,6 +214,11 @@ impl From<io::Error> for Trouble {
 /// Reads the frames from the beginning on. `mark`: what the database says of its journal, if it ever had one.
 pub(super) fn read(file: &dyn StorageBackend, mark: Option<Mark>) -> Result<Contents, Trouble> {
     let length = file.len()?;
+    if !length.is_multiple_of(STEP) {
+        return Err(Trouble::Damaged(format!(
+            "it has {length} bytes, expected a multiple of {STEP}: it was cut"
+        )));
+    }
     let applied = mark.map_or(0, |mark| mark.applied);
     let ours = |found: &Header| mark.is_some_and(|mark| mark.id == found.id);
     let mut contents = Contents {
@@ -354,5 +359,196 @@ impl Journal {
             )));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use proptest::prelude::*;
+    use redb::backends::InMemoryBackend;
+
+    use super::*;
+
+    const MARK: Mark = Mark {
+        id: [7; 16],
+        applied: 0,
+        open: true,
+    };
+
+    fn batch(seed: u8, size: usize) -> Batch {
+        let kind = Kind::ALL[usize::from(seed) % 3];
+        let key = |n| Key { kind, id: [n; 32] };
+        Batch {
+            group: Group([seed; 32]),
+            expected: None,
+            clear: seed.is_multiple_of(5),
+            head: match seed % 3 {
+                0 => HeadChange::Keep,
+                1 => HeadChange::Put(vec![seed; size / 3]),
+                _ => HeadChange::Remove,
+            },
+            deletes: (0..seed % 4).map(key).collect(),
+            puts: vec![(key(9), vec![seed; size]), (key(10), Vec::new())],
+        }
+    }
+
+    fn file() -> Box<dyn StorageBackend> {
+        Box::new(InMemoryBackend::new())
+    }
+
+    /// The bytes of a journal with a frame for each of `batches`, and where each frame begins.
+    fn journal(mark: Mark, batches: &[Vec<Batch>]) -> (Vec<u8>, Vec<u64>) {
+        let mut journal = Journal::new(file(), 0).unwrap();
+        let mut places = Vec::new();
+        for (number, batches) in (mark.applied + 1..).zip(batches) {
+            places.push(journal.end());
+            let room = journal.room();
+            journal.append(frame(room, &mark.id, number, batches)).unwrap();
+        }
+        (bytes_of(&*journal.file), places)
+    }
+
+    fn bytes_of(file: &dyn StorageBackend) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(file.len().unwrap()).unwrap()];
+        file.read(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn of(bytes: &[u8]) -> Box<dyn StorageBackend> {
+        let file = file();
+        file.set_len(bytes.len() as u64).unwrap();
+        file.write(0, bytes).unwrap();
+        file
+    }
+
+    fn five() -> Vec<Vec<Batch>> {
+        (1..6)
+            .map(|n| vec![batch(n, 40 * usize::from(n)), batch(n + 7, 3)])
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn frames_say_what_was_put_into_them(frames in prop::collection::vec(prop::collection::vec((any::<u8>(), 0..3_000usize), 0..4), 0..6), applied in 0..99u64) {
+            let frames: Vec<Vec<Batch>> = frames.iter().map(|each| each.iter().map(|(seed, size)| batch(*seed, *size)).collect()).collect();
+            let mark = Mark { applied, ..MARK };
+            let (bytes, _) = journal(mark, &frames);
+            let found = read(&*of(&bytes), Some(mark)).unwrap();
+            prop_assert_eq!(found.batches, frames.concat());
+            prop_assert_eq!(found.last, applied + frames.len() as u64);
+            // What the tree has already is left out.
+            for done in 0..frames.len() {
+                let mark = Mark { applied: applied + done as u64, ..MARK };
+                prop_assert_eq!(read(&*of(&bytes), Some(mark)).unwrap().batches, frames[done..].concat());
+            }
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_costs_nothing_that_was_acknowledged_without_a_word() {
+        let frames = five();
+        let (good, places) = journal(MARK, &frames);
+        let last = usize::try_from(*places.last().unwrap()).unwrap();
+        let used = usize::try_from(read(&*of(&good), Some(MARK)).unwrap().end).unwrap();
+        let mut refused = 0;
+        for bit in 0..used * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            match read(&*of(&bad), Some(MARK)) {
+                Ok(found) if found.batches == frames.concat() => {}
+                // The last frame looks like one whose writing was cut off: that cannot be told apart.
+                Ok(found) => assert!(
+                    bit / 8 >= last && found.batches == frames[..4].concat(),
+                    "bit {bit}"
+                ),
+                Err(Trouble::Damaged(_)) => refused += 1,
+                Err(other) => panic!("bit {bit}: {other:?}"),
+            }
+        }
+        assert!(refused > 4 * 200 * 8, "{refused} flips were noticed");
+        for length in [1, 511, 513, last, good.len() - 1] {
+            assert!(
+                matches!(read(&*of(&good[..length]), Some(MARK)), Err(Trouble::Damaged(_))),
+                "cut at {length}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_was_not_written_whole_is_as_if_it_were_not_there_and_is_written_over() {
+        let frames = five();
+        let (good, places) = journal(MARK, &frames);
+        let last = usize::try_from(places[4]).unwrap();
+        let end = usize::try_from(read(&*of(&good), Some(MARK)).unwrap().end).unwrap();
+        for kept in last..end - 1 {
+            let mut torn = good.clone();
+            torn[kept..].fill(0);
+            let found = read(&*of(&torn), Some(MARK)).unwrap();
+            if found.last == 4 {
+                assert_eq!((found.batches, found.end), (frames[..4].concat(), places[4]));
+            } else {
+                assert_eq!(found.batches, frames.concat(), "only padding was cut off");
+            }
+        }
+        let mut torn = good;
+        torn[last + HEADER + 30] ^= 1;
+        let file = of(&torn);
+        let mut journal = Journal::new(file, places[4]).unwrap();
+        journal
+            .append(frame(Vec::new(), &MARK.id, 5, &[batch(3, 9)]))
+            .unwrap();
+        let found = read(&*journal.file, Some(MARK)).unwrap();
+        assert_eq!(found.batches, [frames[..4].concat(), vec![batch(3, 9)]].concat());
+    }
+
+    #[test]
+    fn a_journal_that_begins_anew_leaves_its_old_frames_behind() {
+        let frames = five();
+        let (bytes, _) = journal(MARK, &frames);
+        let file = of(&bytes);
+        let mark = Mark { applied: 5, ..MARK };
+        assert_eq!(
+            read(&*file, Some(mark)).unwrap().end,
+            0,
+            "nothing of it is needed"
+        );
+        let mut journal = Journal::new(file, 0).unwrap();
+        journal
+            .append(frame(Vec::new(), &MARK.id, 6, &[batch(3, 9)]))
+            .unwrap();
+        let found = read(&*journal.file, Some(mark)).unwrap();
+        assert_eq!((found.batches, found.last), (vec![batch(3, 9)], 6));
+        // The number of a frame that failed is given up.
+        assert!(matches!(journal.check(mark, 7), Err(Trouble::Damaged(_))));
+        journal.check(mark, 6).unwrap();
+    }
+
+    #[test]
+    fn another_files_journal_and_one_that_is_too_new_are_refused() {
+        let (bytes, _) = journal(Mark { applied: 8, ..MARK }, &five());
+        for mark in [
+            None,
+            Some(Mark { id: [8; 16], ..MARK }),
+            Some(Mark { applied: 7, ..MARK }),
+        ] {
+            let trouble = read(&*of(&bytes), mark).unwrap_err();
+            assert!(matches!(trouble, Trouble::Foreign(_)), "{mark:?}: {trouble:?}");
+        }
+        assert!(read(&*file(), None).unwrap().batches.is_empty());
+        assert!(read(&*of(&vec![0; 1 << 20]), None).unwrap().batches.is_empty());
+    }
+
+    #[test]
+    fn a_search_takes_every_frame_that_is_whole() {
+        let frames = five();
+        let (mut bytes, places) = journal(MARK, &frames);
+        bytes[usize::try_from(places[2]).unwrap() + 8] ^= 1;
+        let found = search(&*of(&bytes), Some(MARK.id)).unwrap();
+        let numbers: Vec<u64> = found.iter().map(|(number, _)| *number).collect();
+        assert_eq!(numbers, [1, 2, 4, 5]);
+        assert_eq!(found[2].1, frames[3]);
+        assert_eq!(search(&*of(&bytes), Some([8; 16])).unwrap().len(), 0);
     }
 }

@@ -20,6 +20,7 @@ class Grafted:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        self.measured = measured
         file = graph["measured_file"] if measured else graph["file"]
         self.session = ort.InferenceSession(str(bundle / file), options, providers=["CPUExecutionProvider"])
         self.names = [output.name for output in self.session.get_outputs()]
@@ -57,11 +58,12 @@ class Grafted:
         spans: np.ndarray | None = None,
         span_mask: np.ndarray | None = None,
         past_spans: np.ndarray | None = None,
+        strength: np.ndarray | float = 1.0,
     ) -> np.ndarray:
         """ids [T] or [B, T] → logits [T, V], [B, T, V], or [N, V] of the wanted rows.
 
         spans: float32 [B, S, T], the weights of span bundles; without them each token writes. span_mask [B, S] is 1 if not given,
-        past_spans [B, S, L, W] is 0.
+        past_spans [B, S, L, W] is 0. strength: of the corrections, one or [B, T]; the measured graph's only.
         """
         tokens = np.atleast_2d(ids).astype(np.int32)
         batch, length = tokens.shape
@@ -76,6 +78,8 @@ class Grafted:
             "past_memory": self.memory,
             **self.past,
         }
+        if self.measured:
+            feeds["strength"] = np.broadcast_to(np.float32(strength), (batch, length))
         if self.manifest["graph"]["position_ids"]:
             feeds["position_ids"] = (self.mask.cumsum(axis=1) - 1).clip(0)[:, -length:]
         if self.span_width is not None:
@@ -94,6 +98,7 @@ class Grafted:
         }
         self.energy = found.get("delta_energy")
         self.queries = found.get("queries")
+        self.gates = found.get("gates")
         self.spans = found.get("present_spans")
         logits = found["logits"]
         if rows is not None:

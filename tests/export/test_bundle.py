@@ -112,7 +112,8 @@ def test_the_graph_has_the_inputs_and_outputs_of_the_contract(parity_bundle) -> 
     assert outputs.pop("present_memory") == (f32, memory)
     assert outputs == {f"present.{n}": (f32, ["batch_size", 2, "total_sequence_length", 16]) for n in kv}
     measured = ir.load(bundle / "model.measured.onnx").graph
-    assert [v.name for v in measured.outputs[-2:]] == ["delta_energy", "queries"]
+    assert [v.name for v in measured.outputs[-3:]] == ["delta_energy", "queries", "gates"]
+    assert measured.inputs[-1].name == "strength"
     weights = {v.const_value.location for v in measured.initializers.values() if hasattr(v.const_value, "location")}
     assert weights == {"model.onnx.data"}
 
@@ -205,7 +206,7 @@ def test_the_check_leaves_the_backbones_weights_alone(case: Path, tmp_path: Path
 # ---------------------------------------------------------------------- whole or not at all
 
 
-@pytest.mark.parametrize("where", ["build", "check_graph", "graft", "copy_text", "_publish"])
+@pytest.mark.parametrize("where", ["build", "check_graph", "graft", "copy_text", "publish"])
 def test_an_export_that_fails_anywhere_leaves_nothing(case: Path, tmp_path: Path, monkeypatch, where: str) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt

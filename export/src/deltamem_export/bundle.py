@@ -23,6 +23,7 @@ from deltamem_export import manifest
 from deltamem_export.adapter import Adapter
 from deltamem_export.backbone import Backbone, digest_tensors, read_config
 from deltamem_export.builder import DATA_FILE, MODEL_FILE, build
+from deltamem_export.calibration import Stream, learn
 from deltamem_export.check import check as check_graph
 from deltamem_export.check import choose_method, free_memory
 from deltamem_export.errors import ExportError
@@ -53,6 +54,7 @@ def export_bundle(
     onnx: str | os.PathLike[str] | None = None,
     mapping: GraphMapping | None = None,
     extra_files: ExtraFiles | None = None,
+    calibration: Stream | None = None,
     say: Say | None = None,
 ) -> Path:
     """Exports a bundle and returns its path.
@@ -70,6 +72,7 @@ def export_bundle(
             it is in (fp32 or fp16).
         mapping: what to know of that graph's names; what it does not say is found by the weights.
         extra_files: called with the bundle's directory before it is sealed.
+        calibration: conversations to learn from what healthy memories look like; without them the bundle gives no verdict.
         say: gets a line before each long step; on stderr, with the time, if not given.
 
     Raises:
@@ -91,7 +94,7 @@ def export_bundle(
     memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     layers = memory.check_backbone(body.shapes)
 
-    with _workshop(target) as (work, bundle):
+    with workshop(target) as (work, bundle):
         if onnx is None:
             say(f"building the decoder ({precision.setting})")
             built, find = build(body, work, precision, say), find_attentions
@@ -151,8 +154,13 @@ def export_bundle(
             },
         }
         (bundle / manifest.MANIFEST_FILE).write_bytes(manifest.encode(sealed))
+        if calibration is not None:
+            say(f"calibrating on {calibration.description}")
+            (bundle / manifest.MANIFEST_FILE).write_bytes(
+                manifest.encode({**sealed, "health": learn(bundle, calibration)})
+            )
         _refuse_strangers(bundle, {*files, manifest.MANIFEST_FILE})
-        _publish(bundle, target, work, force)
+        publish(bundle, target, work, force)
     say(f"wrote {target}")
     return target
 
@@ -190,7 +198,7 @@ def _refuse_existing(target: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _workshop(target: Path) -> Iterator[tuple[Path, Path]]:
+def workshop(target: Path) -> Iterator[tuple[Path, Path]]:
     """A hidden directory beside the target, with room for work and for the bundle; gone at the end, however
     it ends."""
     root = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -203,7 +211,7 @@ def _workshop(target: Path) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _publish(bundle: Path, target: Path, work: Path, force: bool) -> None:
+def publish(bundle: Path, target: Path, work: Path, force: bool) -> None:
     """Syncs every file and directory, then renames. What was at the target is moved away first and put back
     if that fails."""
     for path in (*bundle.rglob("*"), bundle):

@@ -17,6 +17,7 @@ from deltamem_export.errors import ExportError
 DIFFERS = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+_STREAM = "conversations in UTF-8, a user's message a line, an empty line between two of them (docs/health.md)"
 CHECKS: dict[str, bool | str] = {"auto": True, "whole": "whole", "layers": "layers", "none": False}
 
 
@@ -120,6 +121,18 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     _add_sealing(graft)
     graft.set_defaults(run=_graft)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="learn what healthy memories of a bundle look like",
+        description="Plays conversations through an exported bundle by the runtime and writes what its memories look like then into the "
+        "manifest, for Session.health() and on_drift. The fingerprint and all memories stay valid. An older bundle gets the measured "
+        "graph that strength= and the gates' figures need. The bundle is replaced whole or not at all.",
+        epilog="example: deltamem-export calibrate my-bundle --stream conversations.txt",
+    )
+    calibrate.add_argument("bundle", metavar="BUNDLE", help="the bundle's directory")
+    calibrate.add_argument("--stream", required=True, metavar="FILE", help=_STREAM)
+    calibrate.set_defaults(run=_calibrate)
+
     inspect = commands.add_parser("inspect", help="show what a bundle or an adapter is")
     inspect.add_argument("path", metavar="PATH", help="a bundle's or an adapter's directory")
     inspect.set_defaults(run=_inspect)
@@ -198,6 +211,7 @@ def _add_adapter_and_out(parser: argparse.ArgumentParser) -> None:
 def _add_sealing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the bundle's name (default: the directory's)")
     parser.add_argument("--force", action="store_true", help="replace the bundle that is at --out")
+    parser.add_argument("--calibrate", metavar="FILE", help=f"learn what healthy memories look like from {_STREAM}")
     _add_check(parser)
 
 
@@ -241,6 +255,7 @@ def _bundle(args: argparse.Namespace) -> None:
         name=args.name,
         force=args.force,
         check=CHECKS[args.check],
+        calibration=_stream(args),
     )
 
 
@@ -258,7 +273,21 @@ def _graft(args: argparse.Namespace) -> None:
         check=CHECKS[args.check],
         onnx=args.onnx,
         mapping=GraphMapping.load(args.mapping) if args.mapping else None,
+        calibration=_stream(args),
     )
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from deltamem_export.calibration import Stream, calibrate
+
+    calibrate(args.bundle, Stream.load(args.stream), lambda line: print(line, file=sys.stderr))
+    print(f"calibrated {args.bundle}")
+
+
+def _stream(args: argparse.Namespace) -> Any:
+    from deltamem_export.calibration import Stream
+
+    return Stream.load(args.calibrate) if args.calibrate else None
 
 
 def _inspect(args: argparse.Namespace) -> None:

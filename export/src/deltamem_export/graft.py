@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,14 +52,15 @@ def graft(
         layers: the layers that carry a memory, ascending; their order is the order of the memory's layer
         axis.
         head_dim: the width of one attention head, which the builder leaves open in the KV cache's shape.
-        measured: where to write the same graph with the outputs `delta_energy` and `queries`; it shares the weights' file.
+        measured: where to write the same graph with the input `strength` and the outputs `delta_energy`, `queries` and `gates`; it
+            shares the weights' file.
         find: finds the attentions in the graph; for a graph of the builder's if not given.
 
     Raises:
         ExportError: the graph does not have the structure that the graft needs.
     """
     model = ir.load(source)
-    corrections, queries = _graft(model, adapter, layers, find)
+    placed = _graft(model, adapter, layers, find)
     for value in (*model.graph.inputs, *model.graph.outputs):
         own_cache = name_of(value).startswith(("past_key_values.", "present.")) and name_of(value).endswith(
             (".key", ".value")
@@ -72,16 +74,75 @@ def graft(
     if measured is not None:
         # Read back, so that every weight is a reference into the file that has just been written.
         again = ir.load(target)
-        _measure(again, adapter.config, corrections, queries)
+        _measure(again, adapter.config, placed)
         ir.save(again, measured)
+        facts = replace(facts, strength=True, gates=True)
     return facts
 
 
-def _graft(
-    model: ir.Model, adapter: Adapter, layers: Sequence[int], find: FindAttentions
-) -> tuple[list[dict[str, _Placed]], list[str]]:
-    """Grafts in place. Returns what was placed where, for each memory layer and delta head, and the names of each layer's
-    queries."""
+def measure_again(bundle: Path, found: Mapping[str, Any], target: Path) -> None:
+    """Writes the measured graph of an exported bundle anew, from its graph and from what its old measured graph knows of the corrections.
+
+    Args:
+        bundle: its directory.
+        found: its manifest.
+        target: where the graph goes; beside the same file of weights.
+
+    Raises:
+        ExportError: the graphs are not those of a graft.
+    """
+    memory, files = found["memory"], found["graph"]
+    names = {v.name: v for node in ir.load(bundle / files["measured_file"]).graph for v in node.outputs}
+    graph = ir.load(bundle / files["file"])
+
+    def cut(number: int, head: str, label: str) -> tuple[ir.Value, int, int]:
+        """What a slice of the old graph is cut out of, and where."""
+        made = names.get(f"/deltamem/energy/{number}/{head}/{label}/Slice")
+        node = made.producer() if made is not None else None
+        value, start, end = (node.inputs[:3] if node is not None else None) or (None, None, None)
+        constants = [v.const_value for v in (start, end) if v is not None and v.const_value is not None]
+        if value is None or len(constants) != 2:
+            raise ExportError(
+                f"{files['measured_file']}: does not say where the correction {head} is; export the bundle again"
+            )
+        first, last = (int(constant.numpy()[0]) for constant in constants)
+        return value, first, last - first
+
+    def old(number: int, head: str) -> _Placed:
+        correction, start, width = cut(number, head, "correction")
+        projection, *_ = cut(number, head, "projection")
+        return _Placed(name_of(correction), name_of(projection), start, width)
+
+    config = AdapterConfig(
+        rank=memory["rank"],
+        alpha=memory["alpha"],
+        num_state_heads=memory["heads"],
+        couple_lambda=memory["couple_lambda"],
+        state_update_mode=memory["update_mode"],
+        rankwise_gates=memory["gates"] == "row",
+        memory_write_granularity="token" if files.get("span_width") is None else f"{memory['write_granularity']}_mean",
+        delta_heads=tuple(memory["delta_heads"]),
+    )
+    grafted = _Grafted(
+        [{p: old(number, p) for p in config.delta_heads} for number in range(len(memory["layers"]))],
+        [f"/deltamem/layers.{i}/qk/Split/0" for i in memory["layers"]],
+        [f"/deltamem/layers.{i}/gates/Add" for i in memory["layers"]],
+    )
+    _measure(graph, config, grafted)
+    ir.save(graph, target)
+
+
+@dataclass(frozen=True)
+class _Grafted:
+    """What was placed where, layer by layer: each delta head's correction, and the names of the queries and of the gates' logits."""
+
+    corrections: list[dict[str, _Placed]]
+    queries: list[str]
+    gates: list[str]
+
+
+def _graft(model: ir.Model, adapter: Adapter, layers: Sequence[int], find: FindAttentions) -> _Grafted:
+    """Grafts in place."""
     graph = model.graph
     config = adapter.config
     found = find(graph, layers)
@@ -102,7 +163,7 @@ def _graft(
         placed.append(_correct(nodes, config, tensors, reads, attention.sites, io_dtype))
 
     island.end()
-    return placed, [name_of(q) for q in island.queries]
+    return _Grafted(placed, [name_of(q) for q in island.queries], [name_of(x) for x in island.gates])
 
 
 def _correct(
@@ -171,13 +232,14 @@ def _correct(
     return placed
 
 
-def _measure(
-    model: ir.Model, config: AdapterConfig, placed: Sequence[Mapping[str, _Placed]], queries: Sequence[str]
-) -> None:
-    """Adds the outputs `delta_energy`, [B, T, L, D, 2], the sums of squares of each correction and of what it corrects,
-    and `queries`, [B, T, L, H, r], what each token reads the memory with."""
+def _measure(model: ir.Model, config: AdapterConfig, grafted: _Grafted) -> None:
+    """Adds the input `strength`, [B, T], that each token's corrections are multiplied by, and the outputs `delta_energy`,
+    [B, T, L, D, 2], the sums of squares of each correction and of what it corrects, `queries`, [B, T, L, H, r], what each token reads the
+    memory with, and `gates`, [B, T, L, 1 or 2, G], each token's β, and λ where it is its own."""
     graph = model.graph
+    placed = grafted.corrections
     values = {v.name: v for node in graph for v in node.outputs}
+    _strengthen(graph, values, placed)
     sums = []
     for number, layer in enumerate(placed):
         for p in config.delta_heads:
@@ -190,13 +252,43 @@ def _measure(
                 sums.append(nodes("ReduceSumSquare", part, nodes.ints([-1]), name=label, keepdims=1))
     _add_output(graph, "delta_energy", sums, [len(placed), len(config.delta_heads), 2])
 
-    reads = [values[name] for name in queries]
+    reads = [values[name] for name in grafted.queries]
+    nodes = Nodes(graph, "/deltamem/queries")
+    zero, one = nodes.ints([0]), nodes.ints([1])
     if config.writes_spans:  # behind the tokens stand the spans, which read nothing
-        nodes = Nodes(graph, "/deltamem/queries")
-        tokens, zero, one = values["/deltamem/tokens"], nodes.ints([0]), nodes.ints([1])
+        tokens = values["/deltamem/tokens"]
         reads = [nodes("Slice", q, zero, tokens, one, name=f"{n}") for n, q in enumerate(reads)]
     _add_output(graph, "queries", reads, [len(placed), config.num_state_heads, config.rank])
+
+    nodes = Nodes(graph, "/deltamem/gates")
+    end = nodes.ints([np.iinfo(np.int64).max])
+    if config.writes_spans:
+        end = nodes("Add", values["/deltamem/tokens"], one, name="end")
+    kinds = 1 if config.couple_lambda or config.state_update_mode == "no_lambda" else 2
+    # The second logit is that of 1 − λ.
+    signs = nodes.floats(np.repeat(np.array([1.0, -1.0][:kinds], np.float32), config.gate_width), "signs")
+    gates = []
+    for n, name in enumerate(grafted.gates):
+        logits = nodes("Slice", values[name], one, end, one, name=f"{n}/Slice")
+        gates.append(nodes("Sigmoid", nodes("Mul", logits, signs, name=f"{n}/Mul"), name=f"{n}/Sigmoid"))
+    _add_output(graph, "gates", gates, [len(placed), kinds, config.gate_width])
     graph.sort()
+
+
+def _strengthen(graph: ir.Graph, values: dict[str | None, ir.Value], placed: Sequence[Mapping[str, _Placed]]) -> None:
+    """Multiplies every correction by the input `strength` where it was made, in float32 and behind its norm, so that 1 leaves its
+    bits. `values` has the products in the corrections' places afterwards."""
+    nodes = Nodes(graph, "/deltamem/strength")
+    strength = add_input(graph, "strength", _FLOAT, ["batch_size", "sequence_length"])
+    strength = nodes("Unsqueeze", strength, nodes.ints([2]), name="Unsqueeze")
+    for name in dict.fromkeys(own.correction for layer in placed for own in layer.values()):
+        correction = values[name]
+        uses = tuple(correction.uses())
+        scaled = nodes("Mul", correction, strength, name=name.lstrip("/"))
+        scaled.shape, scaled.type = correction.shape, correction.type
+        for use in uses:
+            use.node.replace_input_with(use.idx, scaled)
+        values[name] = scaled
 
 
 def _add_output(graph: ir.Graph, name: str, parts: Sequence[ir.Value], shape: Sequence[int]) -> None:

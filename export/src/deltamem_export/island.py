@@ -75,6 +75,9 @@ class Island:
         memory = add_input(graph, "past_memory", _FLOAT, [batch, layers, c.num_state_heads, c.rank, c.rank])
         self.states = self._split_memory(memory)
         self.queries: list[ir.Value] = []  # of each layer, [B, T (+ S), R]
+        self.gates: list[
+            ir.Value
+        ] = []  # the logits of β (and of 1 − λ), [B, 1 + T (+ S), G or 2 G]; the first row is of no token
         self.span_weights: ir.Value | None = None
         if c.writes_spans:
             self.span_weights = add_input(graph, "span_weights", _FLOAT, [batch, "spans", "sequence_length"])
@@ -151,6 +154,7 @@ class Island:
         vg = nodes("Pad", vg, nodes.ints([0, 1, 0, 0, 0, 0]), name="vg")
         v, x = nodes.split(vg, [width, rest - width], name="vg/Split")
         x = nodes("Add", x, nodes.floats(np.concatenate(bias), "gate_bias"), name="gates/Add")
+        self.gates.append(x)
 
         standard, coupled = c.state_update_mode == "standard", not self.own_lambda
         minus_log_odds = x  # of λ: the logit of 1 − λ

@@ -59,6 +59,8 @@ class GraphFacts:
     position_ids: bool
     states: tuple[StateFacts, ...] = ()
     span_width: int | None = None  # W, where writes are of spans
+    strength: bool = False  # whether the measured graph has the input `strength`
+    gates: bool = False  # and the output `gates`
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,10 @@ def run_recipe(
 
 
 def make_bundle(out: Path, name: str, say: Callable[[str], None] = print) -> Path:
-    """The bundle of what lies in `out`: backbone, adapter, the demo's files and the card."""
+    """The bundle of what lies in `out`: backbone, adapter, the demo's files and the card, and of a recipe that can remember also what its
+    healthy memories look like, if the runtime is there to play conversations."""
     from deltamem_export.bundle import export_bundle
+    from deltamem_export.training.healthy import healthy_stream
 
     extra = [p for p in (out / "extra" / "demo.json", out / "extra" / "stream.txt", out / "card.json") if p.is_file()]
 
@@ -203,8 +206,20 @@ def make_bundle(out: Path, name: str, say: Callable[[str], None] = print) -> Pat
             shutil.copyfile(path, target / path.name)
         return [path.name for path in extra]
 
+    remembers = name != "smoke"
+    if remembers and find_spec("deltamem_rt") is None:
+        say("deltamem_rt is not installed, so the bundle is not calibrated; `deltamem-export calibrate` does it later")
+        remembers = False
     return export_bundle(
-        out / "backbone", out / "adapter", out / "bundle", "fp32", name=name, force=True, extra_files=copy, say=say
+        out / "backbone",
+        out / "adapter",
+        out / "bundle",
+        "fp32",
+        name=name,
+        force=True,
+        extra_files=copy,
+        calibration=healthy_stream() if remembers else None,
+        say=say,
     )
 
 

@@ -3,7 +3,7 @@
 memory          the state alone: the question is all that is read
 none            the same question to an empty memory
 context         the whole history in the prompt, as far as it fits, the oldest dropped
-bm25            the turns of the history that BM25 ranks first, in the order they came
+bm25            the turns of the history that BM25 ranks first, of equal ranks the newest, in the order they came
 memory+context  the state, with the history in the prompt as well
 
 Questions never write, so their order does not matter and every opponent is asked in the same situation. It knows nothing of tasks.
@@ -200,7 +200,7 @@ class Contest:
         if not known:
             return []
         scores = person.index.get_scores(known)
-        best = np.argsort(-scores, kind="stable")[: self.retrieved]
+        best = np.lexsort((np.arange(len(scores)), scores))[-self.retrieved :]  # of equal ranks the newest
         return [person.history[i] for i in sorted(best) if scores[i] > 0]
 
     def _fitted(self, past: Sequence[Past], question: str) -> tuple[list[Past], list[int] | None]:

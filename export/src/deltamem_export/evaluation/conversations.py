@@ -75,8 +75,9 @@ def _locomo(sample: dict[str, Any]) -> Dialogue:
     questions = []
     for entry in sample.get("qa", ()):
         kind = LOCOMO_KINDS.get(entry.get("category"), "other")
-        answer = str(entry.get("answer", ""))
-        wrong = "" if answer else str(entry.get("adversarial_answer", ""))
+        answerable = entry.get("category") != 5
+        answer = str(entry.get("answer", "")) if answerable else ""
+        wrong = "" if answerable else str(entry.get("adversarial_answer", ""))
         if answer or wrong:
             questions.append(Question(str(entry["question"]), (answer,) if answer else (), kind, wrong))
     return Dialogue(str(sample.get("sample_id", "conversation")), tuple(sessions), tuple(questions))

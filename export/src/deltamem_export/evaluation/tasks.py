@@ -13,7 +13,7 @@ from deltamem_export.evaluation.sheet import Sheet
 from deltamem_export.evaluation.work import Work, about
 
 STRANGERS = 2
-"""Questions an episode about what was never told."""
+"""Questions an episode about what was never told, where a task has few."""
 HELD = 8
 """Facts where a task does not vary their number."""
 
@@ -70,7 +70,7 @@ def _guard(sheet: Sheet, chance: float) -> None:
 
 
 def recall(work: Work) -> Sheet:
-    """1 to 64 facts, each told in a turn of its own, then asked for; beside them what was never told."""
+    """1 to 64 facts, each told in a turn of its own, then asked for; beside them as many that were never told, while there are any."""
     sheet, language = Sheet(work.seed), work.language
     variants = [(n, "any", "any") for n in work.size.facts]
     if language.held_out:
@@ -83,7 +83,7 @@ def recall(work: Work) -> Sheet:
         x = None if what else count
         for episode in work.episodes(count):
             rng = work.rng("recall", case, episode)
-            drawn = language.draw(rng, count + STRANGERS, pairs)
+            drawn = language.draw(rng, count * 2, pairs)
             facts, strangers = drawn[:count], drawn[count:]
             with work.contest.person() as person:
                 work.tell(person, rng, facts, phrasing=phrasing)

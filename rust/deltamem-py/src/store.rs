@@ -33,7 +33,8 @@ const SCHEMES: [&str; 4] = ["redis://", "rediss://", "valkey://", "valkeys://"];
 /// read_only : bool
 ///     Opens a file for reading, beside other readers.
 /// shared : bool
-///     For a file: lets other processes read while this one writes, at a second fsync a commit. Every process must say so.
+///     For a file: lets other processes read while this one writes; a commit takes two fsyncs then, and there is no journal. Every process
+///     must say so.
 /// ttl : float or datetime.timedelta, optional
 ///     How long a new memory lives without a change, in seconds.
 /// max_commits, max_bytes : int, optional

@@ -334,6 +334,13 @@ def test_a_made_up_name_or_a_question_of_the_data_in_training_data_is_a_leak(wri
         refuse_leaks(PlainEnglish(6), dialogues, [written("talk.json", LOCOMO[0]["conversation"])])
 
 
+@pytest.mark.parametrize(("name", "content"), [("x.json", b"{"), ("x.txt", b"\xff\xfe\x00")])
+def test_training_data_that_cannot_be_read_is_no_clean_bill(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ExportError, match=name):
+        refuse_leaks(TinyEnglish(), [], [tmp_path / name])
+
+
 # conversations and grades ------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +459,7 @@ def test_the_command_writes_a_report_that_stands_alone_and_goes_on(tmp_path, wri
     assert "<link" not in page
     assert "Controls passed" in page
     capsys.readouterr()
-    assert run(*common, "--resume", "--tasks", "controls,recall") == 0
+    assert run(*common, "--resume", "--tasks", "recall") == 0  # and the controls, which come with it
     assert capsys.readouterr().err.count("taken from") == 2
     again = json.loads((tmp_path / "report" / "report.json").read_text())
     assert again["tasks"] == found["tasks"]

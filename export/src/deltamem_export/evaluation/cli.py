@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-TASKS = ("controls", "recall", "distance", "overwrite", "relations", "merge", "drift", "harm", "conversation")
+WITH_CONTROLS = ("recall", "distance", "overwrite", "relations", "merge", "drift")
+TASKS = ("controls", *WITH_CONTROLS, "harm", "conversation")
 AGAINST = ("none", "context", "bm25")
 
 
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names(TASKS),
         default=None,
         metavar="A,B",
-        help=f"of {', '.join(TASKS)} (default: all, conversation only with --data)",
+        help=f"of {', '.join(TASKS)} (default: all, conversation only with --data); the controls "
+        "always come with tasks over facts",
     )
     parser.add_argument(
         "--against",

@@ -4,6 +4,7 @@ earlier ones, and whether a memory that holds facts does harm to text that needs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from deltamem_export.evaluation import grading
@@ -112,5 +113,8 @@ def harm(work: Work) -> Sheet:
             tokens.append(count)
         case = f"{held} facts held, over none"
         sheet.figure(case, held, "memory", "perplexity ratio", perplexity_ratio(ours, theirs, tokens, work.seed))
+        sheet.notes.append(
+            f"perplexity beside {held} facts, without memory: {math.exp(sum(theirs) / sum(tokens)):.1f} a token"
+        )
         work.say(sheet.line(case))
     return sheet

@@ -76,24 +76,22 @@ def _of_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[tuple[str, str]]:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Every string of a file with where it stands. Raises ExportError for a file that is no text."""
+    """Every string of a file with where it stands; lines are read one by one. Raises ExportError for a file that is no text."""
     try:
-        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            yield from ((str(path), text) for text in _strings(json.loads(path.read_text(encoding="utf-8"))))
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    entry = line
+                yield from ((f"{path}, line {number}", text) for text in _strings(entry))
     except UnicodeDecodeError as error:
         raise ExportError(f"{path}: is not text in UTF-8; --training takes JSON Lines, JSON or plain text") from error
-    if path.suffix == ".json":
-        try:
-            yield from ((str(path), text) for text in _strings(json.loads(content)))
-        except ValueError as error:
-            raise ExportError(f"{path}: is not JSON ({error})") from error
-        return
-    for number, line in enumerate(content.splitlines(), 1):
-        place = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = line
-        yield from ((place, text) for text in _strings(entry))
+    except ValueError as error:
+        raise ExportError(f"{path}: is not JSON ({error})") from error
 
 
 def _strings(entry: Any) -> Iterator[str]:

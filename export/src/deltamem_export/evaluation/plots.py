@@ -59,6 +59,7 @@ def line_plot(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
         f'aria-label="{escape(y_label)} by {escape(x_label)}" '
         'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" fill="#333">'
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
     ]
     for i in range(6):
         y = bottom + (top - bottom) * i / 5
@@ -99,9 +100,10 @@ def _axis(xs: list[float], kind: str):
         return at.__getitem__, xs
     low, high = xs[0], xs[-1]
     if kind == "log":
-        low, high = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        # From and to a half of a power of ten.
+        low, high = math.floor(math.log10(low) * 2) / 2, math.ceil(math.log10(high) * 2) / 2
         high += high == low
-        ticks = [10.0**e for e in range(low, high + 1)]
+        ticks = [10.0**e for e in range(math.ceil(low), math.floor(high) + 1)]
         return (lambda x: (math.log10(x) - low) / (high - low)), ticks
     span = high - low or 1.0
     step = 10 ** math.floor(math.log10(span))

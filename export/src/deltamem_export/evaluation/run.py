@@ -22,7 +22,7 @@ import numpy as np
 import deltamem_rt as dm
 from deltamem_export.errors import ExportError
 from deltamem_export.evaluation import dialogue, drift, report, tasks
-from deltamem_export.evaluation.cli import TASKS
+from deltamem_export.evaluation.cli import TASKS, WITH_CONTROLS
 from deltamem_export.evaluation.contest import Contest
 from deltamem_export.evaluation.conversations import Dialogue, read_dialogues, read_talk
 from deltamem_export.evaluation.languages import Language, PlainEnglish, TinyEnglish
@@ -49,6 +49,8 @@ def evaluate(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     dialogues = [d for path in args.data for d in read_dialogues(path)]
     chosen = args.tasks or tuple(name for name in TASKS if name != "conversation" or dialogues)
+    if set(chosen) & set(WITH_CONTROLS):
+        chosen = tuple(dict.fromkeys(("controls", *chosen)))
     if "conversation" in chosen and not dialogues:
         raise ExportError("the task conversation needs recorded conversations: give --data FILE")
     model = dm.Model.load(args.bundle or dm.default_bundle(), threads=args.threads)

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Health"]
 
-_OF_HEADS = {"norm": "|S|", "spectral_norm": "spectral", "effective_rank": "rank", "change": "turn moved"}
+_OF_HEADS = {
+    "norm": "|S|",
+    "spectral_norm": "spectral",
+    "effective_rank": "rank",
+    "concentration": "|S|/√rank",
+    "change": "turn moved",
+    "path": "16 turns",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -31,8 +38,12 @@ class Health:
         The Frobenius norm of each state, and its largest singular value: how long a read by a query of length 1 can be.
     effective_rank : ndarray of float32 [L, H]
         exp(−Σ p ln p) with p = σ² / Σ σ² over the singular values σ: 1 for one direction, r for r equal ones, 0 for no state.
+    concentration : ndarray of float32 [L, H]
+        norm / √(effective rank), the size of a direction that is in use. Facts under keys of their own leave it, contradictions raise it.
     change : ndarray of float32 [L, H], or None
         How far (Frobenius) the last turn moved the state; inside a turn, how far it did so far. Watched sessions (``on_drift``) only.
+    path : ndarray of float32 [L, H], or None
+        How far the last 16 turns did, added up turn by turn. Watched sessions only.
     distance : ndarray of float32 [L, H], or None
         How far the state is from the last healthy one: a watched session's last healthy turn, otherwise the commit it stands on.
     healthy_commit, healthy_turns : str or None, int or None
@@ -61,7 +72,9 @@ class Health:
     norm: NDArray[np.float32]
     spectral_norm: NDArray[np.float32]
     effective_rank: NDArray[np.float32]
+    concentration: NDArray[np.float32]
     change: NDArray[np.float32] | None
+    path: NDArray[np.float32] | None
     distance: NDArray[np.float32] | None
     delta_ratio: NDArray[np.float32] | None
     beta_mean: NDArray[np.float32] | None

@@ -17,6 +17,9 @@ use crate::geometry::Geometry;
 /// number that is not finite, gives no read that a norm or a softmax could use.
 pub const UNUSABLE: f64 = 1.844_674_3e19;
 
+/// Over how many turns a path is summed. One poisoned turn may look like a fact that is told; as many one behind the other do not.
+pub const WINDOW: usize = 16;
+
 /// The sizes of a state, [L, H] each, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Figures {
@@ -27,6 +30,9 @@ pub struct Figures {
     /// exp(−Σ p ln p) with p = σ² / Σ σ² over the singular values σ: 1 for one direction, r for r equal ones, 0 for no state. As
     /// `edits::diff` has it for a change.
     pub effective_rank: Vec<f64>,
+    /// norm / √(effective rank): the size of a direction that is in use. Facts under keys of their own add directions and leave it; writes
+    /// that contradict each other under one key raise it.
+    pub concentration: Vec<f64>,
 }
 
 impl Figures {
@@ -41,6 +47,7 @@ impl Figures {
             norm: Vec::new(),
             spectral_norm: Vec::new(),
             effective_rank: Vec::new(),
+            concentration: Vec::new(),
         };
         for head in state.chunks_exact(rank * rank) {
             if head.iter().any(|number| !number.is_finite()) {
@@ -72,6 +79,8 @@ impl Figures {
         self.norm.push(norm);
         self.spectral_norm.push(spectral_norm);
         self.effective_rank.push(effective_rank);
+        // A state of nothing has no directions.
+        self.concentration.push(norm / effective_rank.max(1.0).sqrt());
     }
 }
 
@@ -105,8 +114,12 @@ pub struct Bounds {
     pub spectral_norm: Vec<Vec<f64>>,
     /// Effective ranks.
     pub effective_rank: Vec<Vec<f64>>,
+    /// Norms over the roots of effective ranks.
+    pub concentration: Vec<Vec<f64>>,
     /// How far one turn moves the state.
     pub change: Vec<Vec<f64>>,
+    /// How far [`WINDOW`] turns move it, turn by turn and added up.
+    pub path: Vec<Vec<f64>>,
     /// |correction| / |what it corrects|, [L, delta heads]; missing where the graph does not measure it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta_ratio: Option<Vec<Vec<f64>>>,
@@ -122,7 +135,9 @@ impl Bounds {
             ("norm", Some(&self.norm)),
             ("spectral_norm", Some(&self.spectral_norm)),
             ("effective_rank", Some(&self.effective_rank)),
+            ("concentration", Some(&self.concentration)),
             ("change", Some(&self.change)),
+            ("path", Some(&self.path)),
             ("delta_ratio", self.delta_ratio.as_ref()),
             ("beta_mean", self.beta_mean.as_ref()),
         ]
@@ -173,6 +188,8 @@ pub struct Seen<'a> {
     pub figures: &'a Figures,
     /// How far the last turn moved it, [L, H].
     pub change: Option<&'a [f64]>,
+    /// How far the last [`WINDOW`] turns did, added up, [L, H].
+    pub path: Option<&'a [f64]>,
     /// |correction| / |what it corrects|, [L, delta heads].
     pub delta_ratio: Option<&'a [f64]>,
     /// The mean of β, [L].
@@ -211,7 +228,14 @@ pub fn reasons(seen: Seen<'_>, heads: usize, delta_heads: usize, bounds: Option<
             Some(&bounds.effective_rank),
             heads,
         ),
+        (
+            "a concentration of",
+            Some(&seen.figures.concentration),
+            Some(&bounds.concentration),
+            heads,
+        ),
         ("moved in one turn by", seen.change, Some(&bounds.change), heads),
+        ("moved in its last turns by", seen.path, Some(&bounds.path), heads),
         (
             "corrections against what they correct at",
             seen.delta_ratio,
@@ -265,7 +289,9 @@ mod tests {
             norm: same(),
             spectral_norm: same(),
             effective_rank: same(),
+            concentration: same(),
             change: same(),
+            path: same(),
             delta_ratio: None,
             beta_mean: Some(vec![vec![value]; 2]),
         }
@@ -286,7 +312,9 @@ mod tests {
         assert_eq!(figures.spectral_norm[..3], [0.0, 3.0, 5.0]);
         assert!((figures.effective_rank[1] - 2.0).abs() < 1e-12);
         assert_eq!((figures.effective_rank[0], figures.effective_rank[2]), (0.0, 1.0));
-        assert!(figures.norm[3].is_nan());
+        assert!(figures.norm[3].is_nan() && figures.concentration[3].is_nan());
+        assert!((figures.concentration[1] - 3.0).abs() < 1e-12);
+        assert_eq!((figures.concentration[0], figures.concentration[2]), (0.0, 5.0));
     }
 
     #[test]
@@ -297,6 +325,7 @@ mod tests {
             let seen = Seen {
                 figures: &figures,
                 change: Some(change),
+                path: None,
                 delta_ratio: None,
                 beta_mean: Some(&[0.1, 0.2]),
             };
@@ -310,6 +339,7 @@ mod tests {
             [
                 "layer 1, head 0: a norm of 4.0000, healthy ones stay under 3.0000",
                 "layer 1, head 0: a spectral norm of 4.0000, healthy ones stay under 3.0000",
+                "layer 1, head 0: a concentration of 4.0000, healthy ones stay under 3.0000",
                 "layer 0, head 1: moved in one turn by 9.0000, healthy ones stay under 3.0000 (and 1 more of 4)",
             ]
         );

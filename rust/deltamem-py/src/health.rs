@@ -1,11 +1,14 @@
 //! The watch over a session's memory: what every end of a turn is held against, and what is done about a memory that is not healthy. It
 //! knows a session's engine and its place in a store; what figures mean is known in `deltamem_core::health`.
 
+use std::collections::VecDeque;
+
 use deltamem_core::Snapshot;
-use deltamem_core::health::{Figures, Seen, distance, reasons};
+use deltamem_core::health::{Figures, Seen, WINDOW, distance, reasons};
 use deltamem_engine::EngineError;
 use deltamem_engine::health::Measured;
 use deltamem_engine::memory::MemoryView;
+use deltamem_engine::session::RECENT_TOKENS;
 use deltamem_store::{Commit, CommitId, Error as StoreError};
 use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::PyValueError;
@@ -60,8 +63,10 @@ pub(crate) struct Watch {
     pub(crate) on_drift: OnDrift,
     /// The state when the last turn ended, or that was taken up since.
     previous: MemoryView,
-    /// How far the last turn moved the state, [L, H]; `None` before the first one.
-    moved: Option<Vec<f64>>,
+    /// How far each of the last turns moved the state, [L, H], at most [`WINDOW`] of them.
+    moved: VecDeque<Vec<f64>>,
+    /// Whether the turn behind them was taken back.
+    taken_back: bool,
     healthy: Option<Healthy>,
     /// Whether the last look found a memory that is not healthy: that is said once.
     drifted: bool,
@@ -75,7 +80,8 @@ impl Watch {
         Self {
             on_drift,
             previous: engine.memory(),
-            moved: None,
+            moved: VecDeque::new(),
+            taken_back: false,
             healthy: None,
             drifted: false,
             frozen: false,
@@ -89,11 +95,12 @@ impl Watch {
         kept: Option<&Kept>,
     ) -> std::result::Result<(), EngineError> {
         self.previous = engine.memory();
-        self.moved = None;
+        self.moved.clear();
+        self.taken_back = false;
         self.drifted = false;
         self.frozen = false;
         engine.set_writable(true);
-        let found = against(engine, &engine.figures(), None, None);
+        let found = against(engine, &engine.figures(), &Moved::default(), None);
         self.healthy = if found.is_empty() {
             Some(Healthy {
                 state: engine.snapshot(&mut || false)?,
@@ -114,9 +121,13 @@ impl Watch {
         if self.frozen {
             return Ok(None);
         }
-        let moved = distance(engine.geometry(), &self.previous, &engine.memory());
-        let found = against(engine, &engine.figures(), Some(&moved), None);
-        self.moved = Some(moved);
+        if self.moved.len() == WINDOW {
+            self.moved.pop_front();
+        }
+        self.moved
+            .push_back(distance(engine.geometry(), &self.previous, &engine.memory()));
+        self.taken_back = false;
+        let found = against(engine, &engine.figures(), &self.moved(), None);
         self.previous = engine.memory();
         if found.is_empty() {
             self.healthy = Some(Healthy {
@@ -135,6 +146,28 @@ impl Watch {
         };
         let said = format!("the memory drifted in turn {turn}: {}; {done}", found.join("; "));
         Ok((first || self.on_drift == OnDrift::Rollback).then_some(said))
+    }
+
+    /// The session has committed: if that is its last healthy state, this is where to find it.
+    pub(crate) fn committed(&mut self, kept: &Kept) {
+        if let Some(healthy) = &mut self.healthy {
+            let state = &healthy.state;
+            if !kept.differs(state.memory(), state.tokens_seen(), state.turns()) {
+                healthy.commit = kept.head_id();
+            }
+        }
+    }
+
+    /// How far the last turn, and the last turns together, moved the state.
+    fn moved(&self) -> Moved {
+        Moved {
+            change: self.moved.back().filter(|_| !self.taken_back).cloned(),
+            path: self
+                .moved
+                .iter()
+                .cloned()
+                .reduce(|sum, turn| sum.iter().zip(&turn).map(|(a, b)| a + b).collect()),
+        }
     }
 
     fn freeze(&mut self, engine: &mut deltamem_engine::Session, why: &str) -> String {
@@ -156,7 +189,9 @@ impl Watch {
             return Ok(self.freeze(engine, "there is no healthy state to go back to, so "));
         };
         engine.restore(&healthy.state).map_err(refused)?;
-        (self.previous, self.moved, self.drifted) = (engine.memory(), None, false);
+        (self.previous, self.drifted) = (engine.memory(), false);
+        self.moved.pop_back();
+        self.taken_back = true;
         let to = format!(
             "the session went back to its state after turn {}",
             healthy.state.turns()
@@ -206,7 +241,7 @@ fn look_back(engine: &deltamem_engine::Session, kept: &Kept) -> Result<Option<He
         if against(
             engine,
             &Figures::of(engine.geometry(), state.memory()),
-            None,
+            &Moved::default(),
             None,
         )
         .is_empty()
@@ -220,17 +255,28 @@ fn look_back(engine: &deltamem_engine::Session, kept: &Kept) -> Result<Option<He
     Ok(None)
 }
 
+/// How far turns moved a state, [L, H]; `None` where nobody looked.
+#[derive(Default)]
+struct Moved {
+    change: Option<Vec<f64>>,
+    path: Option<Vec<f64>>,
+}
+
 /// What speaks against a memory of the session's model.
 fn against(
     engine: &deltamem_engine::Session,
     figures: &Figures,
-    change: Option<&[f64]>,
+    moved: &Moved,
     measured: Option<&Measured>,
 ) -> Vec<String> {
     let manifest = engine.model().manifest();
+    // What was measured on fewer tokens is shown, and not judged: the bounds were learnt on as many.
+    let whole = RECENT_TOKENS.min(engine.model().context_length());
+    let measured = measured.filter(|found| found.tokens == whole);
     let seen = Seen {
         figures,
-        change,
+        change: moved.change.as_deref(),
+        path: moved.path.as_deref(),
         delta_ratio: measured.map(|found| &found.delta_ratio[..]),
         beta_mean: measured.and_then(|found| found.gates.first().map(|beta| &beta.mean[..])),
     };
@@ -254,7 +300,7 @@ pub(crate) fn warn(py: Python<'_>, label: &str, said: &str) -> PyResult<()> {
 /// What `Session.health` returns.
 pub(crate) struct Report {
     figures: Figures,
-    change: Option<Vec<f64>>,
+    moved: Moved,
     distance: Option<Vec<f64>>,
     healthy_commit: Option<CommitId>,
     healthy_turns: Option<u64>,
@@ -272,27 +318,31 @@ impl Report {
     ) -> Self {
         let (geometry, memory) = (engine.geometry(), engine.memory());
         let figures = Figures::of(geometry, &memory);
-        let change = watch.and_then(|watch| match engine.position() {
-            0 => watch.moved.clone(),
-            _ => Some(distance(geometry, &watch.previous, &memory)),
-        });
+        let mut moved = watch.map(Watch::moved).unwrap_or_default();
+        if let Some(watch) = watch
+            && engine.position() > 0
+        {
+            moved.change = Some(distance(geometry, &watch.previous, &memory));
+        }
         let healthy = watch.and_then(|watch| watch.healthy.clone()).or_else(|| {
             let (commit, state) = head.filter(|_| watch.is_none())?;
             let of_head = Figures::of(geometry, state.memory());
-            against(engine, &of_head, None, None).is_empty().then(|| Healthy {
-                state: state.clone(),
-                commit: Some(commit.id),
-            })
+            against(engine, &of_head, &Moved::default(), None)
+                .is_empty()
+                .then(|| Healthy {
+                    state: state.clone(),
+                    commit: Some(commit.id),
+                })
         });
         Self {
-            reasons: against(engine, &figures, change.as_deref(), measured.as_ref()),
+            reasons: against(engine, &figures, &moved, measured.as_ref()),
             distance: healthy
                 .as_ref()
                 .map(|healthy| distance(geometry, healthy.state.memory(), &memory)),
             healthy_commit: healthy.as_ref().and_then(|healthy| healthy.commit),
             healthy_turns: healthy.as_ref().map(|healthy| healthy.state.turns()),
             figures,
-            change,
+            moved,
             measured,
         }
     }
@@ -321,7 +371,9 @@ impl Report {
         set("norm", Some(of_heads(&self.figures.norm)?))?;
         set("spectral_norm", Some(of_heads(&self.figures.spectral_norm)?))?;
         set("effective_rank", Some(of_heads(&self.figures.effective_rank)?))?;
-        set("change", self.change.as_deref().map(of_heads).transpose()?)?;
+        set("concentration", Some(of_heads(&self.figures.concentration)?))?;
+        set("change", self.moved.change.as_deref().map(of_heads).transpose()?)?;
+        set("path", self.moved.path.as_deref().map(of_heads).transpose()?)?;
         set("distance", self.distance.as_deref().map(of_heads).transpose()?)?;
         set(
             "delta_ratio",

@@ -804,6 +804,9 @@ impl Session {
             let commit = py
                 .detach(|| kept.commit(snapshot, message, meta.as_deref()))
                 .map_err(problem_to_python)?;
+            if let (Some(watch), Some(kept)) = (&mut slot.watch, &slot.kept) {
+                watch.committed(kept);
+            }
             records::commit(py, &commit)
         })
     }

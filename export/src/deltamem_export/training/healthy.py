@@ -18,18 +18,23 @@ TURNS = 200
 def healthy_stream(conversations: int = CONVERSATIONS, turns: int = TURNS) -> Stream:
     """The stream that the shipped bundle's bounds are learnt from."""
     return Stream(
-        [conversation(Speaker(random.Random(FIRST_SEED + number)), turns) for number in range(conversations)],
-        f"training language, seeds from {FIRST_SEED}: up to {len(RELATIONS)} facts told, some changed, questions, small talk",
+        [
+            conversation(Speaker(random.Random(FIRST_SEED + number)), turns, at_once=number % 3 * 24)
+            for number in range(conversations)
+        ],
+        f"training language, seeds from {FIRST_SEED}: up to {len(RELATIONS)} facts told, one by one or up to 48 in a row, some "
+        "changed, questions, small talk",
     )
 
 
-def conversation(speaker: Speaker, turns: int) -> Sequence[str]:
-    """One person's messages: until all facts are told 40 % tell one, 10 % change one, 20 % ask for one, the rest talks."""
+def conversation(speaker: Speaker, turns: int, at_once: int = 0) -> Sequence[str]:
+    """One person's messages. The first `at_once` tell a fact each; then, until all are told, 40 % tell one, 10 % change one, 20 % ask for
+    one, the rest talks."""
     untold = speaker.draw_facts(len(RELATIONS))
     told: dict[str, tuple[Relation, str]] = {}
     messages = []
-    for _ in range(turns):
-        roll = speaker.rng.random()
+    for turn in range(turns):
+        roll = speaker.rng.random() if turn >= at_once else 0.0
         if roll < 0.4 and untold:
             relation, value = untold.pop()
             told[relation.name] = relation, value

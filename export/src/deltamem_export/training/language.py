@@ -13,7 +13,7 @@ import string
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 from deltamem_export.training.words import POOLS, TALK, WORDS
 
@@ -123,6 +123,14 @@ def _hash(text: str) -> int:
 def is_held_out(relation: str, value: str) -> bool:
     """Whether this pair of relation and value is kept out of all training (one in ten, by a fixed hash)."""
     return _hash(f"{relation}|{value}") % 10 == 0
+
+
+@cache
+def _odd_values(relation: str) -> tuple[str, ...]:
+    """Values of every pool that do not go with the relation, and are not kept out of training for it."""
+    own = BY_NAME[relation].values
+    every = sorted({value for pool in POOLS.values() for value in pool})
+    return tuple(v for v in every if v not in own and not is_held_out(relation, v))
 
 
 def _article(noun: str) -> str:
@@ -336,6 +344,8 @@ class Speaker:
     rng: random.Random
     evaluation: bool = False
     text: Sequence[str] = field(default_factory=tuple)
+    odd: float = 0.0
+    """Share of values from other relations' pools: who has to copy them learns to copy, and not which values go with a relation."""
 
     def draw_facts(self, count: int, pairs: str = "trained") -> list[tuple[Relation, str]]:
         """`count` relations (without repetition) with a value each; pairs: trained, held-out or any (the last two only in evaluation)."""
@@ -345,6 +355,8 @@ class Speaker:
     def draw_value(self, relation: Relation, pairs: str = "trained", unlike: str = "") -> str:
         if pairs != "trained" and not self.evaluation:
             raise ValueError(f"pairs={pairs!r} is for evaluation only; training draws pairs='trained'")
+        if self.odd and self.rng.random() < self.odd:
+            return self.rng.choice(_odd_values(relation.name))
         values = {
             "trained": relation.trained_values,
             "held-out": relation.held_out_values or relation.values,

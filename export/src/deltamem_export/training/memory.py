@@ -61,6 +61,10 @@ class MemoryRecipe:
     fit: int = 24
     """Turns a relation for the start in closed form (`addresses.py`); 0: projections start at random."""
     fitted_share: float = 0.15
+    open_logit: float = 2.0
+    """Where the gate starts at an acknowledgement."""
+    changes: tuple[float, ...] = (0.0, 0.0, 0.25, 0.5)
+    """Shares of the facts that change in an episode's step, each as likely."""
 
     def adapter_config(self) -> AdapterConfig:
         """alpha = r: with alpha/r = 1/4 nothing was learnt in the study."""
@@ -96,7 +100,7 @@ class Episode:
         for relation in told:
             self.facts[relation] = speaker.draw_value(relation)
             turns.append(speaker.tell(relation, self.facts[relation]))
-        changes = int(len(self.facts) * rng.choice((0.0, 0.0, 0.25, 0.5)) + 0.5) if most > 1 else 0
+        changes = int(len(self.facts) * rng.choice(recipe.changes) + 0.5) if most > 1 else 0
         later = []
         for relation in rng.sample(list(self.facts), changes):
             self.facts[relation] = speaker.draw_value(relation, unlike=self.facts[relation])
@@ -187,7 +191,7 @@ class MemoryTrainer:
         self.handle: MemoryHandle = attach(model, recipe.adapter_config())
         self.handle.record = True
         if recipe.fit:
-            fit_addresses(self.plain, self.handle, speaker, codec, recipe.fit)
+            fit_addresses(self.plain, self.handle, speaker, codec, recipe.fit, open_logit=recipe.open_logit)
         fitted = [p for n, p in self.handle.named_parameters() if n.rsplit(".", 1)[-1] in FITTED]
         others = [p for n, p in self.handle.named_parameters() if n.rsplit(".", 1)[-1] not in FITTED]
         # What starts in a good place moves slowly.

@@ -61,7 +61,9 @@ def test_kill_9_loses_no_acknowledged_commit(tmp_path: Path):
         assert process.stdout.readline() == "ready\n", process.stderr.read()
         time.sleep(rng.uniform(0.05, 0.4))
         process.send_signal(signal.SIGKILL)
-        out, _ = process.communicate()
+        # The same stream to its end: `communicate` would not see what `readline` has buffered.
+        out = process.stdout.read()
+        process.wait()
         # A line that was cut off was not read as one by anybody.
         acknowledged += [line.split()[0] for line in out.splitlines(keepends=True) if line.endswith("\n")]
         with dm.Store(path) as store:

@@ -117,7 +117,7 @@ impl Store {
                     return Err(Error::Ref {
                         name: name.to_owned(),
                         text: merged.to_string(),
-                        problem: "a merge wants two commits of this memory that differ: its branch's head and another".into(),
+                        problem: "cannot be merged: a merge wants two commits of this memory that differ, its branch's head and another".into(),
                     });
                 };
                 generation = generation.max(other.generation);
@@ -448,7 +448,7 @@ impl Store {
                 return Err(Error::Ref {
                     name: name.to_owned(),
                     text: old.to_owned(),
-                    problem: "it is the branch in use (HEAD); use another branch first, or delete the memory"
+                    problem: "is the branch in use (HEAD); use another branch first, or delete the memory"
                         .into(),
                 });
             }
@@ -511,7 +511,7 @@ impl Store {
                 return Err(Error::Ref {
                     name: name.to_owned(),
                     text: to.to_string(),
-                    problem: format!("it does not descend from {expected}, the head of {branch:?}; merge it, or roll back to it"),
+                    problem: format!("does not descend from {expected}, the head of {branch:?}; merge it, or roll back to it"),
                 });
             }
             let mut edit = Edit::of(opened, self.now());

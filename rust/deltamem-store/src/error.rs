@@ -75,8 +75,8 @@ pub enum Error {
         /// What belongs there.
         expected: &'static str,
     },
-    /// A text that names no commit.
-    #[error("{text:?} names no commit of memory {name:?}: {problem}")]
+    /// A text that names no commit, or one that cannot be used so.
+    #[error("{text:?} of memory {name:?} {problem}")]
     Ref {
         /// The memory.
         name: String,

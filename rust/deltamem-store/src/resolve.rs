@@ -51,7 +51,7 @@ impl Store {
         let fail = |problem: String| Error::Ref {
             name: opened.record.name.clone(),
             text: shortened(text),
-            problem,
+            problem: format!("names no commit: {problem}"),
         };
         let (base, ago, steps) = parse(text).map_err(fail)?;
         let head = branch.unwrap_or(&opened.record.head);

@@ -371,6 +371,45 @@ fn a_manifest_that_says_what_cannot_be_is_refused_by_field() {
     }
 }
 
+/// A manifest that was calibrated: three layers, one head, two delta heads.
+fn calibrated() -> Value {
+    let of = |columns: usize| json!(vec![vec![2.5; columns]; 3]);
+    let mut manifest = manifest();
+    manifest["health"] = json!({
+        "stream": {"description": "talk", "conversations": 2, "turns": 40, "tokens": 900},
+        "margin": 1.1, "quantiles": [0.5, 1.0], "figures": {"norm": [[[1.0, 2.0]]]},
+        "bounds": {
+            "norm": of(1), "spectral_norm": of(1), "effective_rank": of(1), "concentration": of(1), "change": of(1), "path": of(1),
+            "delta_ratio": of(2), "beta_mean": of(1)
+        }
+    });
+    manifest
+}
+
+#[test]
+fn bounds_are_read_and_those_of_another_memory_are_refused_by_field() {
+    let health = open(&bundle_with(calibrated()))
+        .unwrap()
+        .manifest()
+        .health
+        .clone();
+    assert_eq!(health.unwrap().stream.turns, 40);
+    for (pointer, value, field) in [
+        ("/norm", json!([[1.0], [1.0]]), "norm"),
+        ("/path", json!([[1.0], [1.0], [1.0, 2.0]]), "path"),
+        ("/delta_ratio", json!([[1.0], [1.0], [1.0]]), "delta_ratio"),
+        ("/change/2/0", json!(-1.0), "change"),
+    ] {
+        let mut manifest = calibrated();
+        *manifest["health"]["bounds"].pointer_mut(pointer).unwrap() = value;
+        let error = open(&bundle_with(manifest)).unwrap_err();
+        assert!(
+            matches!(&error, BundleError::Inconsistent { field: found, .. } if *found == format!("health.bounds.{field}")),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn names_that_lead_out_of_the_bundle_are_refused() {
     let outside = tempfile::tempdir().unwrap();

@@ -424,6 +424,27 @@ def test_a_reply_that_was_broken_off_is_looked_at_at_the_next_call(text_model) -
         assert np.abs(session.memory - state).max() < 1e-6 or session.turns == 1
 
 
+@pytest.mark.parametrize("call", ["commit", "merge", "snapshot"])
+def test_what_is_kept_behind_a_turn_that_was_taken_back_is_the_healthy_state(text_model, facts, call) -> None:
+    with (
+        dm.Store.in_memory() as store,
+        text_model.session("ada", store=store, on_drift="rollback") as session,
+        drifting() as said,
+    ):
+        tell(session, facts(18, 1)[0])
+        session.commit()
+        healthy = session.snapshot()
+        session.feed(np.random.default_rng(0).integers(3, 2000, 1000))
+        next(iter(session.chat("Hello.")))  # broken off: the call below ends the turn
+        found = getattr(session, call)()
+        assert session.snapshot() == healthy
+        if call == "snapshot":
+            assert found == healthy
+        with text_model.session("ada", store=store) as again:
+            assert again.snapshot() == healthy
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

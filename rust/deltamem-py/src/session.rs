@@ -95,23 +95,32 @@ impl Slot {
         self.ending(py, |engine, interrupt| engine.settle(interrupt))
     }
 
-    /// What may end a turn in front of a commit that the caller makes: the watch looks at that turn, and it is not committed by itself.
-    fn ending_before_commit<T: Send>(
+    /// What may end a turn in front of a commit that the caller makes: the watch looks at that turn, and it is not committed by itself. What
+    /// is committed is the state behind this, which the watch may have taken back.
+    fn ending_before_commit(
         &mut self,
         py: Python<'_>,
         work: impl FnOnce(
             &mut deltamem_engine::Session,
             &mut dyn FnMut() -> bool,
-        ) -> Result<T, deltamem_engine::EngineError>
+        ) -> Result<(), deltamem_engine::EngineError>
         + Send,
-    ) -> PyResult<T> {
+    ) -> PyResult<deltamem_core::Snapshot> {
         let turns = self.engine.turns();
         let engine = &mut self.engine;
-        let made = detached(py, |interrupt| work(engine, interrupt))?;
+        detached(py, |interrupt| work(engine, interrupt))?;
         if self.engine.turns() > turns {
             self.look(py)?;
         }
-        Ok(made)
+        let engine = &mut self.engine;
+        detached(py, |interrupt| engine.snapshot(interrupt))
+    }
+
+    /// The session as it is, behind what an unfinished reply left.
+    fn snapshot(&mut self, py: Python<'_>) -> PyResult<deltamem_core::Snapshot> {
+        // First, so that a watch that takes a turn back does it before the snapshot is taken.
+        self.settle(py)?;
+        self.ending(py, |engine, interrupt| engine.snapshot(interrupt))
     }
 
     /// Has the watch look at the turn that has just ended, and tells what it did. The session is between turns.
@@ -583,10 +592,7 @@ impl Session {
 
     /// An immutable copy of what the session needs to go on elsewhere: memory, counters, sampler. A few KB; no KV cache.
     fn snapshot(&self, py: Python<'_>) -> PyResult<Snapshot> {
-        self.at(|slot, _| {
-            slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))
-                .map(|inner| Snapshot { inner })
-        })
+        self.at(|slot, _| slot.snapshot(py).map(|inner| Snapshot { inner }))
     }
 
     /// Take up a snapshot. Behind an end of turn the session goes on bit for bit as the one that it was taken from.
@@ -799,7 +805,7 @@ impl Session {
         let meta = meta_text(meta)?;
         self.at(|slot, label| {
             slot.writing(label)?.on().map_err(problem_to_python)?;
-            let snapshot = slot.ending_before_commit(py, |engine, interrupt| engine.snapshot(interrupt))?;
+            let snapshot = slot.ending_before_commit(py, |engine, interrupt| engine.settle(interrupt))?;
             let kept = slot.kept(label)?;
             let commit = py
                 .detach(|| kept.commit(snapshot, message, meta.as_deref()))
@@ -867,7 +873,7 @@ impl Session {
             slot.kept(label)?;
             let now = match b {
                 Some(_) => None,
-                None => Some(slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))?),
+                None => Some(slot.snapshot(py)?),
             };
             let kept = slot.kept(label)?;
             let (before, after, diff) = py
@@ -1037,10 +1043,7 @@ impl Session {
                 })
             } else {
                 slot.kept(label)?.on().map_err(problem_to_python)?;
-                let now = slot.ending_before_commit(py, |engine, interrupt| {
-                    engine.end_turn(interrupt)?;
-                    engine.snapshot(interrupt)
-                })?;
+                let now = slot.ending_before_commit(py, |engine, interrupt| engine.end_turn(interrupt))?;
                 let kept = slot.kept(label)?;
                 py.detach(|| kept.bring_up(&now, message, meta.as_deref()))
             };
@@ -1145,7 +1148,7 @@ impl Session {
         self.at(|slot, label| {
             slot.kept(label)?;
             let (mut ids, message) = self.asked(slot, &text)?;
-            let now = slot.ending(py, |engine, interrupt| engine.snapshot(interrupt))?;
+            let now = slot.snapshot(py)?;
             let (changed, strength) = (slot.dirty(), slot.engine.strength());
             let mut reply = None;
             let queries = detached(py, |interrupt| {

@@ -180,7 +180,13 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
-    train = commands.add_parser("train", help="train a small memory by a recipe")
+    train = commands.add_parser(
+        "train",
+        help="train a memory on your decoder and data, or a small model by a recipe",
+        description="Trains a memory on a Hugging Face decoder, which stays frozen, from your conversations; or makes a small model "
+        "with a memory from nothing.",
+        epilog="example: deltamem-export train --backbone SmolLM2-360M-Instruct --data conversations.jsonl --out my-adapter",
+    )
     if training:
         from deltamem_export.training import cli as training_cli
 

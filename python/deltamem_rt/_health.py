@@ -25,6 +25,7 @@ _OF_HEADS = {
     "concentration": "|S|/√rank",
     "change": "turn moved",
     "path": "16 turns",
+    "collapse": "rank fell",
 }
 
 
@@ -44,6 +45,8 @@ class Health:
         How far (Frobenius) the last turn moved the state; inside a turn, how far it did so far. Watched sessions (``on_drift``) only.
     path : ndarray of float32 [L, H], or None
         How far the last 16 turns did, added up turn by turn. Watched sessions only.
+    collapse : ndarray of float32 [L, H], or None
+        The effective rank before the last turn over the one after it: large where the turn wiped the memory. Watched sessions only.
     distance : ndarray of float32 [L, H], or None
         How far the state is from the last healthy one: a watched session's last healthy turn, otherwise the commit it stands on.
     healthy_commit, healthy_turns : str or None, int or None
@@ -75,6 +78,7 @@ class Health:
     concentration: NDArray[np.float32]
     change: NDArray[np.float32] | None
     path: NDArray[np.float32] | None
+    collapse: NDArray[np.float32] | None
     distance: NDArray[np.float32] | None
     delta_ratio: NDArray[np.float32] | None
     beta_mean: NDArray[np.float32] | None
@@ -132,7 +136,7 @@ class Health:
                     if values is not None:
                         row.append(f"{values[at, head]:.3g}")
                         if self.bounds is not None:
-                            row.append(f"{self.bounds[name][at, head]:.3g}")
+                            row.append(f"{self.bounds[name][at, head]:.3g}" if name in self.bounds else "-")
                 if self.distance is not None:
                     row.append(f"{self.distance[at, head]:.3g}")
                 if self.delta_ratio is not None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import deltamem_rt as dm
+from deltamem_export.calibration import Stream, calibrate
 from deltamem_rt._cli.demo.cast import Fact, draw, read_relations
 from sealing import resealed
 from telling import knows, tell
@@ -81,18 +82,21 @@ def test_figures_are_numpys_head_by_head(text_model, facts) -> None:
             states.append(session.memory.astype(np.float64))
         health = session.health()
     singular = np.linalg.svd(states[-1], compute_uv=False)  # [L, H, r]
-    shares = singular**2 / (singular**2).sum(axis=-1, keepdims=True)
+
+    def rank(state: np.ndarray) -> np.ndarray:
+        squares = np.linalg.svd(state, compute_uv=False) ** 2
+        shares = squares / squares.sum(axis=-1, keepdims=True)
+        return np.exp(-(shares * np.log(shares)).sum(axis=-1))
+
     moved = [np.linalg.norm(b - a, axis=(2, 3)) for a, b in pairwise(states)]
     for found, want in (
         (health.norm, np.linalg.norm(states[-1], axis=(2, 3))),
         (health.spectral_norm, singular[..., 0]),
-        (health.effective_rank, np.exp(-(shares * np.log(shares)).sum(axis=-1))),
-        (
-            health.concentration,
-            np.linalg.norm(states[-1], axis=(2, 3)) * np.exp((shares * np.log(shares)).sum(axis=-1) / 2),
-        ),
+        (health.effective_rank, rank(states[-1])),
+        (health.concentration, np.linalg.norm(states[-1], axis=(2, 3)) / np.sqrt(rank(states[-1]))),
         (health.change, moved[-1]),
         (health.path, sum(moved)),
+        (health.collapse, [[rank(states[-2])[layer, 0] / rank(states[-1])[layer, 0]] for layer in (0, 1)]),
         (health.distance, np.zeros((2, 1))),
     ):
         assert found.dtype == np.float32
@@ -250,7 +254,7 @@ def test_contradictions_are_held_under_the_bounds_and_a_rollback_by_hand_heals_t
 
 
 def test_one_token_told_a_hundred_thousand_times_does_no_harm(text_model, facts) -> None:
-    """There is nothing to catch here: the rule overwrites its own write, so the state stays where the first turn put it."""
+    """There is nothing to catch: without decay the rule overwrites its own write, and the state stays where the first turn put it."""
     told = facts(6, 16)
     with text_model.session(on_drift="rollback") as session, drifting() as said:
         for fact in told:
@@ -267,6 +271,36 @@ def test_one_token_told_a_hundred_thousand_times_does_no_harm(text_model, facts)
         assert np.abs(session.memory - first).max() < 0.05
         assert recalled(text_model, session, told) >= before - 1
     assert said == []
+
+
+@pytest.fixture(scope="module")
+def forgetful(parity_bundle, tmp_path_factory) -> dm.Model:
+    """The Qwen3 parity case, whose rule decays with every write (λ = 1 − β), calibrated on random tokens."""
+    rng = np.random.default_rng(0)
+    talk = [[" ".join(map(str, rng.integers(3, 256, rng.integers(10, 80)))) for _ in range(60)] for _ in range(8)]
+    bundle = shutil.copytree(parity_bundle("qwen3_tsw_qo"), tmp_path_factory.mktemp("calibrated") / "bundle")
+    return dm.Model.load(calibrate(bundle, Stream(talk, "random tokens")), device="cpu")
+
+
+def test_one_token_told_a_hundred_thousand_times_to_a_memory_that_decays_is_caught(forgetful) -> None:
+    turn = np.full(1000, 27, np.int32)
+    ranks = {}
+    for on_drift in (None, "rollback"):
+        with forgetful.session(on_drift=on_drift) as session, drifting() as said:
+            for seed in range(10):
+                session.feed(np.random.default_rng(seed).integers(3, 256, 40))
+                session.end_turn()
+            before = session.snapshot()
+            for _ in range(100):
+                session.feed(turn)
+                session.end_turn()
+            ranks[on_drift] = session.health(measure=False).effective_rank
+            if on_drift == "rollback":
+                assert session.snapshot() == before
+    assert ranks[None].max() < 1.01, "the memory was not wiped, so nothing was healed"
+    assert ranks["rollback"].min() > 2
+    assert len(said) == 100
+    assert "an effective rank that fell in one turn by a factor of" in said[0]
 
 
 # ---------------------------------------------------------------------- what a watch does

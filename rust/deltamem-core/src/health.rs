@@ -120,6 +120,9 @@ pub struct Bounds {
     pub change: Vec<Vec<f64>>,
     /// How far [`WINDOW`] turns move it, turn by turn and added up.
     pub path: Vec<Vec<f64>>,
+    /// By what factor one turn lowers the effective rank; missing where it was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collapse: Option<Vec<Vec<f64>>>,
     /// |correction| / |what it corrects|, [L, delta heads]; missing where the graph does not measure it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta_ratio: Option<Vec<Vec<f64>>>,
@@ -138,6 +141,7 @@ impl Bounds {
             ("concentration", Some(&self.concentration)),
             ("change", Some(&self.change)),
             ("path", Some(&self.path)),
+            ("collapse", self.collapse.as_ref()),
             ("delta_ratio", self.delta_ratio.as_ref()),
             ("beta_mean", self.beta_mean.as_ref()),
         ]
@@ -190,6 +194,8 @@ pub struct Seen<'a> {
     pub change: Option<&'a [f64]>,
     /// How far the last [`WINDOW`] turns did, added up, [L, H].
     pub path: Option<&'a [f64]>,
+    /// By what factor the last turn lowered the effective rank, [L, H].
+    pub collapse: Option<&'a [f64]>,
     /// |correction| / |what it corrects|, [L, delta heads].
     pub delta_ratio: Option<&'a [f64]>,
     /// The mean of β, [L].
@@ -236,6 +242,12 @@ pub fn reasons(seen: Seen<'_>, heads: usize, delta_heads: usize, bounds: Option<
         ),
         ("moved in one turn by", seen.change, Some(&bounds.change), heads),
         ("moved in its last turns by", seen.path, Some(&bounds.path), heads),
+        (
+            "an effective rank that fell in one turn by a factor of",
+            seen.collapse,
+            bounds.collapse.as_ref(),
+            heads,
+        ),
         (
             "corrections against what they correct at",
             seen.delta_ratio,
@@ -292,6 +304,7 @@ mod tests {
             concentration: same(),
             change: same(),
             path: same(),
+            collapse: None,
             delta_ratio: None,
             beta_mean: Some(vec![vec![value]; 2]),
         }
@@ -326,6 +339,7 @@ mod tests {
                 figures: &figures,
                 change: Some(change),
                 path: None,
+                collapse: None,
                 delta_ratio: None,
                 beta_mean: Some(&[0.1, 0.2]),
             };

@@ -201,7 +201,7 @@ impl WriteGranularity {
 pub struct Graph {
     /// The graph.
     pub file: String,
-    /// The same graph with the outputs `delta_energy` and `queries`.
+    /// The same graph with the input `strength` and the outputs `delta_energy`, `queries` and `gates`.
     #[serde(default)]
     pub measured_file: Option<String>,
     /// The layers with a KV cache, ascending.

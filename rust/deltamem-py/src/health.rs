@@ -67,6 +67,10 @@ pub(crate) struct Watch {
     moved: VecDeque<Vec<f64>>,
     /// Whether the turn behind them was taken back.
     taken_back: bool,
+    /// The effective ranks of `previous`, [L, H].
+    ranks: Vec<f64>,
+    /// By what factor the last turn lowered them.
+    collapse: Option<Vec<f64>>,
     healthy: Option<Healthy>,
     /// Whether the last look found a memory that is not healthy: that is said once.
     drifted: bool,
@@ -82,6 +86,8 @@ impl Watch {
             previous: engine.memory(),
             moved: VecDeque::new(),
             taken_back: false,
+            ranks: Vec::new(),
+            collapse: None,
             healthy: None,
             drifted: false,
             frozen: false,
@@ -100,7 +106,9 @@ impl Watch {
         self.drifted = false;
         self.frozen = false;
         engine.set_writable(true);
-        let found = against(engine, &engine.figures(), &Moved::default(), None);
+        let figures = engine.figures();
+        let found = against(engine, &figures, &Moved::default(), None);
+        (self.ranks, self.collapse) = (figures.effective_rank, None);
         self.healthy = if found.is_empty() {
             Some(Healthy {
                 state: engine.snapshot(&mut || false)?,
@@ -127,7 +135,13 @@ impl Watch {
         self.moved
             .push_back(distance(engine.geometry(), &self.previous, &engine.memory()));
         self.taken_back = false;
-        let found = against(engine, &engine.figures(), &self.moved(), None);
+        let figures = engine.figures();
+        // Below one direction there is nothing to fall to.
+        let factors =
+            (self.ranks.iter().zip(&figures.effective_rank)).map(|(before, after)| before / after.max(1.0));
+        self.collapse = Some(factors.collect());
+        let found = against(engine, &figures, &self.moved(), None);
+        self.ranks = figures.effective_rank;
         self.previous = engine.memory();
         if found.is_empty() {
             self.healthy = Some(Healthy {
@@ -167,6 +181,7 @@ impl Watch {
                 .iter()
                 .cloned()
                 .reduce(|sum, turn| sum.iter().zip(&turn).map(|(a, b)| a + b).collect()),
+            collapse: self.collapse.clone(),
         }
     }
 
@@ -192,6 +207,7 @@ impl Watch {
         (self.previous, self.drifted) = (engine.memory(), false);
         self.moved.pop_back();
         self.taken_back = true;
+        (self.ranks, self.collapse) = (engine.figures().effective_rank, None);
         let to = format!(
             "the session went back to its state after turn {}",
             healthy.state.turns()
@@ -260,6 +276,7 @@ fn look_back(engine: &deltamem_engine::Session, kept: &Kept) -> Result<Option<He
 struct Moved {
     change: Option<Vec<f64>>,
     path: Option<Vec<f64>>,
+    collapse: Option<Vec<f64>>,
 }
 
 /// What speaks against a memory of the session's model.
@@ -277,6 +294,7 @@ fn against(
         figures,
         change: moved.change.as_deref(),
         path: moved.path.as_deref(),
+        collapse: moved.collapse.as_deref(),
         delta_ratio: measured.map(|found| &found.delta_ratio[..]),
         beta_mean: measured.and_then(|found| found.gates.first().map(|beta| &beta.mean[..])),
     };
@@ -374,6 +392,10 @@ impl Report {
         set("concentration", Some(of_heads(&self.figures.concentration)?))?;
         set("change", self.moved.change.as_deref().map(of_heads).transpose()?)?;
         set("path", self.moved.path.as_deref().map(of_heads).transpose()?)?;
+        set(
+            "collapse",
+            self.moved.collapse.as_deref().map(of_heads).transpose()?,
+        )?;
         set("distance", self.distance.as_deref().map(of_heads).transpose()?)?;
         set(
             "delta_ratio",

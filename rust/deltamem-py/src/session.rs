@@ -625,7 +625,8 @@ impl Session {
     /// ----------
     /// measure : bool
     ///     Also read the last tokens of the session (at most 256, over turns) once more without writing, for the size of the corrections and
-    ///     the gates. It takes the bundle's measured graph; without one, or before the first token, these are None.
+    ///     the gates. It takes the bundle's measured graph, which is loaded at the first call and holds the weights in memory a second time;
+    ///     without one, or before the first token, these are None.
     #[pyo3(signature = (*, measure=true))]
     fn health<'py>(&self, py: Python<'py>, measure: bool) -> PyResult<Bound<'py, PyAny>> {
         self.at(|slot, _| {

@@ -139,7 +139,7 @@ def _plots(name: str, rows: list[dict[str, Any]]) -> Iterable[str]:
         yield line_plot(
             [
                 *_series(changed, "recall"),
-                *_series(changed, "an old value said", "old value", only="memory", dashed=True),
+                *_series(changed, "an old value said", "memory: old value", only="memory", dashed=True),
             ],
             "times changed",
             "new value said",

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 
 import deltamem_rt as dm
 from deltamem_export import cli
@@ -27,7 +28,7 @@ from deltamem_export.evaluation.contest import Answer, Contest
 from deltamem_export.evaluation.conversations import read_dialogues, read_talk
 from deltamem_export.evaluation.figures import Figure, perplexity_ratio
 from deltamem_export.evaluation.languages import Fact, PlainEnglish, TinyEnglish
-from deltamem_export.evaluation.leaks import refuse_leaks
+from deltamem_export.evaluation.leaks import refuse_leaks, refuse_recorded
 from deltamem_export.evaluation.plots import Point, Series, line_plot
 from deltamem_export.evaluation.prompts import Prompts, message
 from deltamem_export.evaluation.run import choose_language
@@ -332,6 +333,15 @@ def test_a_made_up_name_or_a_question_of_the_data_in_training_data_is_a_leak(wri
         refuse_leaks(PlainEnglish(6), dialogues, [written("questions.jsonl", {"q": "what did ann buy"})])
     with pytest.raises(ExportError, match="the message 'Ann: The kayak leaks"):
         refuse_leaks(PlainEnglish(6), dialogues, [written("talk.json", LOCOMO[0]["conversation"])])
+
+
+def test_a_conversation_that_the_card_names_as_training_data_is_refused(written):
+    seen, unseen = written("seen.jsonl", SESSIONS), written("unseen.jsonl", SESSIONS, SESSIONS)
+    card = {"data": {"file": "elsewhere.jsonl", "blake3": blake3(seen.read_bytes()).hexdigest()}}
+    refuse_recorded(card, [unseen])
+    refuse_recorded({"data": "generated English"}, [seen])
+    with pytest.raises(ExportError, match=r"seen\.jsonl: is what the bundle was trained on"):
+        refuse_recorded(card, [unseen, seen])
 
 
 @pytest.mark.parametrize(("name", "content"), [("x.json", b"{"), ("x.txt", b"\xff\xfe\x00")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 WITH_CONTROLS = ("recall", "distance", "overwrite", "relations", "merge", "drift")
@@ -109,7 +110,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _names(allowed: tuple[str, ...]):
+def _names(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     def names(text: str) -> tuple[str, ...]:
         given = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
         for name in given:

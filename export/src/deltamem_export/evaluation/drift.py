@@ -4,6 +4,7 @@ ones as well as a fresh one does.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,7 +74,9 @@ def drift(work: Work) -> Sheet:
     return sheet
 
 
-def _change(work: Work, person: Person, which: Sequence[int], facts: list[Fact], old: dict[str, set[str]], rng) -> None:
+def _change(
+    work: Work, person: Person, which: Sequence[int], facts: list[Fact], old: dict[str, set[str]], rng: random.Random
+) -> None:
     for i in which:
         old[facts[i].relation.name].add(facts[i].value)
         facts[i] = work.language.changed(rng, facts[i])

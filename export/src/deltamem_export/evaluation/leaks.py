@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from deltamem_export.errors import ExportError
 from deltamem_export.evaluation.conversations import Dialogue
@@ -49,6 +51,18 @@ def refuse_leaks(language: Language, dialogues: Sequence[Dialogue], training: Se
             f"the training data holds what the evaluation calls unseen: {shown}{more}; figures from it would show nothing: {cure}"
         )
     return read
+
+
+def refuse_recorded(card: Mapping[str, Any], data: Sequence[Path]) -> None:
+    """Raises ExportError where a conversation file is the one that the bundle's card names as its training data, by its BLAKE3."""
+    record = card.get("data")
+    trained_on = record.get("blake3") if isinstance(record, Mapping) else None
+    for path in data:
+        if trained_on is not None and blake3(path.read_bytes()).hexdigest() == trained_on:
+            raise ExportError(
+                f"{path}: is what the bundle was trained on, by its card.json (BLAKE3 {trained_on[:12]}); figures from it would show "
+                "nothing: give conversations that it has not seen"
+            )
 
 
 def _of_language(language: Language) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -53,7 +53,7 @@ def line_plot(
         return LEFT + 14 + place(x) * (right - LEFT - 28)
 
     def up(y: float) -> float:
-        return floor - (min(max(y, bottom), top) - bottom) / (top - bottom) * (floor - TOP)
+        return float(floor - (min(max(y, bottom), top) - bottom) / (top - bottom) * (floor - TOP))
 
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
@@ -93,7 +93,7 @@ def line_plot(
     return "".join([*parts, "</svg>"])
 
 
-def _axis(xs: list[float], kind: str):
+def _axis(xs: list[float], kind: str) -> tuple[Callable[[float], float], list[float]]:
     """From x to 0..1, and where ticks stand."""
     if kind == "even":
         at = {x: i / max(1, len(xs) - 1) if len(xs) > 1 else 0.5 for i, x in enumerate(xs)}

@@ -161,7 +161,7 @@ def _plots(name: str, rows: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _round_up(top: float) -> float:
-    step = 10 ** math.floor(math.log10(top)) / 2
+    step = 10.0 ** math.floor(math.log10(top)) / 2
     return step * math.ceil(top / step)
 
 

@@ -26,7 +26,7 @@ from deltamem_export.evaluation.cli import TASKS, WITH_CONTROLS
 from deltamem_export.evaluation.contest import Contest
 from deltamem_export.evaluation.conversations import Dialogue, read_dialogues, read_talk
 from deltamem_export.evaluation.languages import Language, PlainEnglish, TinyEnglish
-from deltamem_export.evaluation.leaks import refuse_leaks
+from deltamem_export.evaluation.leaks import refuse_leaks, refuse_recorded
 from deltamem_export.evaluation.sheet import Sheet
 from deltamem_export.evaluation.work import Size, Work
 from deltamem_export.training.cli import RECIPE_NAMES
@@ -56,6 +56,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     model = dm.Model.load(args.bundle or dm.default_bundle(), threads=args.threads)
     card = _card(model.path)
     language = choose_language(args.language, card, args.seed, model.path)
+    refuse_recorded(card, args.data)
     read = refuse_leaks(language, dialogues, args.training)
     contest = Contest(model, args.against, args.budget, args.turns_retrieved, args.max_new_tokens)
     talk, source = _talk(args, model.path)

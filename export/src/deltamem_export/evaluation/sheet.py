@@ -60,7 +60,7 @@ class Sheet:
 
     def line(self, case: str) -> str:
         """The first figure of each row of a case, for a person who waits."""
-        shown = []
+        shown: list[str] = []
         for row in (self._row(c, who, cell) for (c, who), cell in self._cells.items() if c == case):
             name, figure = next(iter(row["figures"].items()))
             shown.append(

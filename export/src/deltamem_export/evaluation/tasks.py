@@ -7,10 +7,12 @@ from __future__ import annotations
 import warnings
 
 import deltamem_rt as dm
+from deltamem_export.evaluation.contest import Person
 from deltamem_export.evaluation.figures import Figure
 from deltamem_export.evaluation.languages import Fact
 from deltamem_export.evaluation.sheet import Sheet
 from deltamem_export.evaluation.work import Work, about
+from deltamem_export.training.language import Relation
 
 STRANGERS = 2
 """Questions an episode about what was never told, where a task has few."""
@@ -143,7 +145,7 @@ def overwrite(work: Work) -> Sheet:
 def relations(work: Work) -> Sheet:
     """Facts that are easily mixed up, and questions that take two of them."""
     sheet, language, contest = Sheet(work.seed), work.language, work.contest
-    pools: dict[tuple[str, ...], list] = {}
+    pools: dict[tuple[str, ...], list[Relation]] = {}
     for relation in language.relations:
         pools.setdefault(relation.values, []).append(relation)
     crowded = [tuple(relations) for relations in pools.values() if len(relations) >= HELD]
@@ -205,7 +207,7 @@ def merge(work: Work) -> Sheet:
     return sheet
 
 
-def _ask_memory(work: Work, sheet: Sheet, case: str, x: float, person, episode: int, facts: list[Fact]) -> None:
+def _ask_memory(work: Work, sheet: Sheet, case: str, x: float, person: Person, episode: int, facts: list[Fact]) -> None:
     rng = work.rng("questions", case, episode)
     for fact in facts:
         answer = work.contest.ask("memory", person, work.language.ask(rng, fact.relation))

@@ -2,12 +2,17 @@
 //! while the others wait for their answers. So there is no thread to hand over to, and one fsync serves all that came during the last.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 
+/// A caller: its number, and what it waits on. Each has its own, so that only those wake up that have something to do.
+#[derive(Clone)]
+struct Caller(u64, Arc<Condvar>);
+
 struct State<J, A> {
     /// Jobs that nobody has taken, oldest first.
-    waiting: Vec<(u64, J)>,
+    waiting: Vec<(Caller, J)>,
     /// Answers that nobody has fetched. `None`: whoever had the job came to grief.
     answers: HashMap<u64, Option<A>>,
     next: u64,
@@ -19,7 +24,8 @@ struct State<J, A> {
 /// Jobs `J` with answers `A`.
 pub(super) struct Queue<J, A> {
     state: Mutex<State<J, A>>,
-    changed: Condvar,
+    /// What those wait on who want to be alone.
+    free: Condvar,
 }
 
 impl<J, A> Default for Queue<J, A> {
@@ -32,7 +38,7 @@ impl<J, A> Default for Queue<J, A> {
                 busy: false,
                 alone: 0,
             }),
-            changed: Condvar::new(),
+            free: Condvar::new(),
         }
     }
 }
@@ -41,7 +47,7 @@ impl<J, A> Default for Queue<J, A> {
 struct Working<'a, J, A> {
     queue: &'a Queue<J, A>,
     /// Whose answers are owed.
-    tickets: Vec<u64>,
+    callers: Vec<Caller>,
     answers: Vec<A>,
 }
 
@@ -49,12 +55,20 @@ impl<J, A> Drop for Working<'_, J, A> {
     fn drop(&mut self) {
         let mut state = self.queue.state.lock();
         let mut answers = std::mem::take(&mut self.answers).into_iter();
-        for ticket in &self.tickets {
-            state.answers.insert(*ticket, answers.next());
+        for Caller(number, _) in &self.callers {
+            state.answers.insert(*number, answers.next());
         }
         state.busy = false;
+        // One of those who wait goes on with the work.
+        if state.alone > 0 {
+            self.queue.free.notify_one();
+        } else if let Some((Caller(_, next), _)) = state.waiting.first() {
+            next.notify_one();
+        }
         drop(state);
-        self.queue.changed.notify_all();
+        for Caller(_, answered) in &self.callers {
+            answered.notify_one();
+        }
     }
 }
 
@@ -69,15 +83,15 @@ impl<J, A> Queue<J, A> {
         work: impl Fn(Vec<J>) -> Vec<A>,
     ) -> Option<A> {
         let mut state = self.state.lock();
-        let ticket = state.next;
+        let caller = Caller(state.next, Arc::default());
         state.next += 1;
-        state.waiting.push((ticket, job));
+        state.waiting.push((caller.clone(), job));
         loop {
-            if let Some(answer) = state.answers.remove(&ticket) {
+            if let Some(answer) = state.answers.remove(&caller.0) {
                 return answer;
             }
             if state.busy || state.alone > 0 {
-                self.changed.wait(&mut state);
+                caller.1.wait(&mut state);
                 continue;
             }
             let (mut count, mut sum) = (0, 0);
@@ -88,12 +102,12 @@ impl<J, A> Queue<J, A> {
                 }
                 count += 1;
             }
-            let (tickets, jobs) = state.waiting.drain(..count).unzip();
+            let (callers, jobs) = state.waiting.drain(..count).unzip();
             state.busy = true;
             drop(state);
             let mut working = Working {
                 queue: self,
-                tickets,
+                callers,
                 answers: Vec::new(),
             };
             working.answers = work(jobs);
@@ -107,14 +121,14 @@ impl<J, A> Queue<J, A> {
         let mut state = self.state.lock();
         state.alone += 1;
         while state.busy {
-            self.changed.wait(&mut state);
+            self.free.wait(&mut state);
         }
         state.alone -= 1;
         state.busy = true;
         drop(state);
         let _working = Working {
             queue: self,
-            tickets: Vec::new(),
+            callers: Vec::new(),
             answers: Vec::new(),
         };
         work()

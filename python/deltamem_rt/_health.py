@@ -25,7 +25,7 @@ _OF_HEADS = {
     "concentration": "|S|/√rank",
     "change": "turn moved",
     "path": "16 turns",
-    "collapse": "rank fell",
+    "collapse": "collapse",
 }
 
 
@@ -46,7 +46,8 @@ class Health:
     path : ndarray of float32 [L, H], or None
         How far the last 16 turns did, added up turn by turn. Watched sessions only.
     collapse : ndarray of float32 [L, H], or None
-        The effective rank before the last turn over the one after it: large where the turn wiped the memory. Watched sessions only.
+        The effective rank before the last turn over the one after it, times the part of today's energy that was there before (at most 1):
+        large where the turn wiped the memory. Watched sessions only.
     distance : ndarray of float32 [L, H], or None
         How far the state is from the last healthy one: a watched session's last healthy turn, otherwise the commit it stands on.
     healthy_commit, healthy_turns : str or None, int or None

@@ -75,6 +75,26 @@ impl Figures {
         figures
     }
 
+    /// How far the state collapsed since it had the figures `before`, [L, H]: the factor by which its effective rank fell, times the part of
+    /// today's energy that it had before, at most 1. So a first fact in a memory of noise is no collapse, and a memory that one key has
+    /// taken over is.
+    pub fn collapse_since(&self, before: &Self) -> Vec<f64> {
+        let ranks = before.effective_rank.iter().zip(&self.effective_rank);
+        let norms = before.norm.iter().zip(&self.norm);
+        ranks
+            .zip(norms)
+            .map(|((rank_before, rank), (norm_before, norm))| {
+                let had = if norm > norm_before {
+                    (norm_before / norm).powi(2)
+                } else {
+                    1.0
+                };
+                // Below one direction there is nothing to fall to.
+                had * rank_before / rank.max(1.0)
+            })
+            .collect()
+    }
+
     fn push(&mut self, norm: f64, spectral_norm: f64, effective_rank: f64) {
         self.norm.push(norm);
         self.spectral_norm.push(spectral_norm);
@@ -120,7 +140,7 @@ pub struct Bounds {
     pub change: Vec<Vec<f64>>,
     /// How far [`WINDOW`] turns move it, turn by turn and added up.
     pub path: Vec<Vec<f64>>,
-    /// By what factor one turn lowers the effective rank; missing where it was not asked for.
+    /// How far one turn collapses the state ([`Figures::collapse_since`]); missing where it was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collapse: Option<Vec<Vec<f64>>>,
     /// |correction| / |what it corrects|, [L, delta heads]; missing where the graph does not measure it.
@@ -194,7 +214,7 @@ pub struct Seen<'a> {
     pub change: Option<&'a [f64]>,
     /// How far the last [`WINDOW`] turns did, added up, [L, H].
     pub path: Option<&'a [f64]>,
-    /// By what factor the last turn lowered the effective rank, [L, H].
+    /// How far the last turn collapsed it, [L, H].
     pub collapse: Option<&'a [f64]>,
     /// |correction| / |what it corrects|, [L, delta heads].
     pub delta_ratio: Option<&'a [f64]>,
@@ -243,7 +263,7 @@ pub fn reasons(seen: Seen<'_>, heads: usize, delta_heads: usize, bounds: Option<
         ("moved in one turn by", seen.change, Some(&bounds.change), heads),
         ("moved in its last turns by", seen.path, Some(&bounds.path), heads),
         (
-            "an effective rank that fell in one turn by a factor of",
+            "collapsed in one turn by a factor of",
             seen.collapse,
             bounds.collapse.as_ref(),
             heads,
@@ -378,6 +398,17 @@ mod tests {
             distance(geometry(), &before, &after),
             [0.0, 3.0, 0.0, f64::INFINITY]
         );
+    }
+
+    #[test]
+    fn a_memory_that_one_key_takes_over_collapses_and_a_first_fact_in_noise_does_not() {
+        let of = |numbers: [f32; 4]| Figures::of(Geometry::new(1, 1, 2).unwrap(), &numbers);
+        let full = of([1.0, 0.0, 0.0, 1.0]);
+        let (wiped, noise) = (of([1.0, 0.0, 0.0, 0.0]), of([0.1, 0.0, 0.0, 0.1]));
+        assert!((wiped.collapse_since(&full)[0] - 2.0).abs() < 1e-12);
+        assert!((wiped.collapse_since(&noise)[0] - 0.04).abs() < 1e-7);
+        assert!((full.collapse_since(&wiped)[0] - 0.25).abs() < 1e-12);
+        assert_eq!(of([0.0; 4]).collapse_since(&of([0.0; 4])), [0.0]);
     }
 
     #[test]

@@ -67,9 +67,9 @@ pub(crate) struct Watch {
     moved: VecDeque<Vec<f64>>,
     /// Whether the turn behind them was taken back.
     taken_back: bool,
-    /// The effective ranks of `previous`, [L, H].
-    ranks: Vec<f64>,
-    /// By what factor the last turn lowered them.
+    /// The figures of `previous`.
+    figures: Figures,
+    /// How far the last turn collapsed it.
     collapse: Option<Vec<f64>>,
     healthy: Option<Healthy>,
     /// Whether the last look found a memory that is not healthy: that is said once.
@@ -86,7 +86,7 @@ impl Watch {
             previous: engine.memory(),
             moved: VecDeque::new(),
             taken_back: false,
-            ranks: Vec::new(),
+            figures: engine.figures(),
             collapse: None,
             healthy: None,
             drifted: false,
@@ -108,7 +108,7 @@ impl Watch {
         engine.set_writable(true);
         let figures = engine.figures();
         let found = against(engine, &figures, &Moved::default(), None);
-        (self.ranks, self.collapse) = (figures.effective_rank, None);
+        (self.figures, self.collapse) = (figures, None);
         self.healthy = if found.is_empty() {
             Some(Healthy {
                 state: engine.snapshot(&mut || false)?,
@@ -136,12 +136,9 @@ impl Watch {
             .push_back(distance(engine.geometry(), &self.previous, &engine.memory()));
         self.taken_back = false;
         let figures = engine.figures();
-        // Below one direction there is nothing to fall to.
-        let factors =
-            (self.ranks.iter().zip(&figures.effective_rank)).map(|(before, after)| before / after.max(1.0));
-        self.collapse = Some(factors.collect());
+        self.collapse = Some(figures.collapse_since(&self.figures));
         let found = against(engine, &figures, &self.moved(), None);
-        self.ranks = figures.effective_rank;
+        self.figures = figures;
         self.previous = engine.memory();
         if found.is_empty() {
             self.healthy = Some(Healthy {
@@ -207,7 +204,7 @@ impl Watch {
         (self.previous, self.drifted) = (engine.memory(), false);
         self.moved.pop_back();
         self.taken_back = true;
-        (self.ranks, self.collapse) = (engine.figures().effective_rank, None);
+        (self.figures, self.collapse) = (engine.figures(), None);
         let to = format!(
             "the session went back to its state after turn {}",
             healthy.state.turns()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "settings of that memory, over those of the recipe", "The defaults are those of --recipe default."
     )
     for f in fields(FinetuningRecipe):
-        about = f.metadata["help"] + f" (default: {_shown(f.default)})".replace("%", "%%")
+        about = f.metadata["help"] + f" (default: {shown(f.default)})".replace("%", "%%")
         given: dict[str, Any] = {"help": about, "default": None, "dest": f"setting_{f.name}"}
         name = f"--{f.name.replace('_', '-')}"
         if isinstance(f.default, bool):
@@ -68,9 +69,10 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    print(
-        f"done: {args.out} (next: deltamem-export bundle --backbone {args.backbone} --adapter {args.out} --out BUNDLE)"
-    )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"done: {args.out} (next: deltamem-export bundle --backbone {args.backbone} --adapter {args.out} --out BUNDLE)"
+        )
     return 0
 
 
@@ -116,7 +118,8 @@ def _several(each: type) -> Any:
     return parse
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value for people."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "all"
     return f"{value:g}" if isinstance(value, float) else str(value)

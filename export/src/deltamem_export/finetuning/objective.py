@@ -25,6 +25,10 @@ from deltamem_export.training.memory import stream_scan
 
 HARM_TOKENS = 256
 """Tokens a batch on which ours and the frozen model's whole distributions are compared; of more a sample."""
+FEW_TOKENS = 1024
+"""So many tokens go through the decoder at once, however much of them is padding."""
+FROZEN_TOKENS = 16384
+"""About as many go through the frozen teacher at once."""
 TERMS = ("answer", "unknown", "harm", "margin", "teacher", "anchor", "sparsity")
 
 
@@ -104,24 +108,19 @@ class Objective:
     def write(self, contexts: Sequence[Sequence[Context]], state: Tensor) -> tuple[Tensor, Tensor]:
         """Writes contexts [B][N] into states [B, L, H, r, r]. Returns the new states and the mean β over what was written, a scalar."""
         count = max(map(len, contexts))
-        empty = Context((), ())
-        even = [[*row, *([empty] * (count - len(row)))] for row in contexts]
+        even = [[*row, *([Context((), ())] * (count - len(row)))] for row in contexts]
         self.handle.record = True
         betas: list[Tensor] = []
         weights: list[Tensor] = []
-        if self.handle.config.writes_spans:
-            # All tokens of a call read the state from before it, so the contexts of a stream go one after another.
-            for column in zip(*even, strict=True):
-                ids, spans, mask = self._rows(column)
-                state = self._run(ids, spans, mask, state)
-                self._betas(span_weights(torch.where(mask, spans, -1)).any(-1), betas, weights)
-        else:
-            ids, spans, mask = self._rows([c for row in even for c in row])
+        for start, stop in self._calls(even):
+            ids, spans, mask = self._rows([c for row in even for c in row[start:stop]])
             # The contexts are the batch for attention, one stream for the memory.
-            self.handle.scan = stream_scan(count)
-            state = self._run(ids, spans, mask, state.repeat_interleave(count, dim=0))[::count]
-            self.handle.scan = chunked_scan
+            self.handle.scan = stream_scan(stop - start)
+            state = self._run(ids, spans, mask, state.repeat_interleave(stop - start, dim=0))[:: stop - start]
+            if self.handle.config.writes_spans:
+                mask = span_weights(torch.where(mask, spans, -1)).any(-1)
             self._betas(mask, betas, weights)
+        self.handle.scan = chunked_scan
         self.handle.record, self.handle.recorded = False, {}
         return state, sum(betas, start=state.new_zeros(())) / sum(weights, start=state.new_zeros(())).clamp_min(1)
 
@@ -130,9 +129,22 @@ class Objective:
         return self._read(questions, state, writes=True)
 
     def frozen(self, questions: Sequence[Asked]) -> Answered:
-        """What the frozen model answers, without a memory."""
+        """What the frozen model answers, without a memory. Contexts may be long, so they go in groups."""
+        groups: list[list[Asked]] = [[]]
+        for question in questions:
+            if groups[-1] and len(question.context.ids) * (len(groups[-1]) + 1) > FROZEN_TOKENS:
+                groups.append([])
+            groups[-1].append(question)
         with torch.no_grad():
-            return self._read(questions, self.zero(len(questions)), writes=False)
+            parts = [self._read(group, self.zero(len(group)), writes=False) for group in groups]
+        firsts = [sum(p.count for p in parts[:i]) for i in range(len(parts))]
+        return Answered(
+            torch.cat([p.logits for p in parts]),
+            torch.cat([p.hidden for p in parts]),
+            torch.cat([p.targets for p in parts]),
+            torch.cat([p.owner + first for p, first in zip(parts, firsts, strict=True)]),
+            len(questions),
+        )
 
     def zero(self, count: int) -> Tensor:
         self.handle.reset(count)
@@ -182,7 +194,7 @@ class Objective:
             "answer": losses[told].sum() / max(1, scales.told),
             "unknown": losses[~told].sum() / max(1, scales.untold),
         }
-        if self.recipe.margin_weight and told.any():
+        if self.recipe.margin_weight and told.any() and torch.is_grad_enabled():
             keep = [i for i, (_, r) in enumerate(reads) if r.told]
             some = [asked[i] for i in keep]
             at = rows[told]
@@ -190,8 +202,9 @@ class Objective:
             worse = [self.read(some, other).losses() for other in (self.zero(len(keep)), self._corrupted(state)[at])]
             hinges = sum((F.relu(self.recipe.margin + behind - w).sum() for w in worse), start=behind.new_zeros(()))
             terms["margin"] = hinges / (2 * max(1, scales.told))
-        if self.recipe.teacher_weight or self.recipe.anchor_weight:
-            teacher = self.frozen([r.taught for _, r in reads if r.taught])
+        taught = [r.taught for _, r in reads if r.taught]
+        if taught:
+            teacher = self.frozen(taught)
             terms["teacher"] = answered.divergence(teacher).sum() / all_questions
             terms["anchor"] = answered.distance(teacher).sum() / all_questions
         return terms
@@ -227,6 +240,23 @@ class Objective:
         logits, hidden = self._logits(ids, spans, mask, state, where, writes)
         targets = torch.tensor([t for q in questions for t in q.targets], device=self.device)
         return Answered(logits, hidden, targets, where[:, 0], len(questions))
+
+    def _calls(self, even: Sequence[Sequence[Context]]) -> list[tuple[int, int]]:
+        """Which contexts of each stream go through the decoder together: neighbours, while padding is less than what is padded."""
+        count = len(even[0])
+        if self.handle.config.writes_spans:
+            # All tokens of a call read the state from before it, so the contexts of a stream go one after another.
+            return [(i, i + 1) for i in range(count)]
+        lengths = [[len(row[i].ids) for row in even] for i in range(count)]
+        calls: list[tuple[int, int]] = []
+        start = real = width = 0
+        for i, column in enumerate(lengths):
+            real, width = real + sum(column), max(width, *column)
+            padded = width * len(even) * (i + 1 - start)
+            if i > start and padded > max(2 * real, FEW_TOKENS):
+                calls.append((start, i))
+                start, real, width = i, sum(column), max(column)
+        return [*calls, (start, count)] if count else []
 
     def _rows(self, contexts: Sequence[Context]) -> tuple[Tensor, Tensor, Tensor]:
         """ids and spans int64 [R, W], and bool [R, W]: a token, not padding. Padding stands behind: causal attention never sees it."""

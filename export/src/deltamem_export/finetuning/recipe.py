@@ -167,8 +167,8 @@ PAPER = FinetuningRecipe(
     first_facts=32.0,
     first_tokens=8192,
     written_tokens=8192,
-    batch=4,
-    accumulate=8,
+    batch=1,
+    accumulate=32,
     rate=2e-4,
     dtype="bf16",
 )

@@ -25,6 +25,8 @@ from deltamem_export.finetuning.rendering import Encoded, Renderer
 from deltamem_export.reference import attach
 from deltamem_export.scan import chunked_scan
 
+OPTIONAL = ("harm", "margin", "teacher", "anchor")
+"""Terms that are computed only where they have a weight."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -126,7 +128,7 @@ class Trainer:
         line = {
             "step": self.done,
             "loss": loss,
-            **terms,
+            **{n: v for n, v in terms.items() if n not in OPTIONAL or getattr(recipe, f"{n}_weight")},
             "told": told_right / max(1, told),
             "never_told": untold_right / max(1, untold),
             "norm": norm,

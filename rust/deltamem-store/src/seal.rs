@@ -10,7 +10,8 @@
 //!                                                           └─ index key    an object's key in the group, out of its id
 //! ```
 //!
-//! Every value is bound to its place (group, kind, key): it does not open anywhere else. Nonces are made of the plaintext, so equal
+//! Every value is bound to its place (group, kind, key): it does not open anywhere else. (A state without a key is bound to its key, the
+//! hash of its bytes.) Nonces are made of the plaintext, so equal
 //! plaintexts at one place give equal bytes and no nonce serves two of them; heads never repeat, since every change counts up.
 
 use chacha20poly1305::aead::{Aead, KeyInit, Payload};
@@ -18,10 +19,13 @@ use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 use zeroize::Zeroizing;
 
 use crate::backend::{Group, Key, Kind};
+use crate::commit::StateId;
 use crate::error::Error;
 
 const PLAIN: u8 = 1;
 const SEALED: u8 = 2;
+/// A state without a key: its place is named by the hash of its bytes, which is check enough.
+const NAMED: u8 = 3;
 const CHECK: usize = 16;
 const NONCE: usize = 24;
 const TAG: usize = 16;
@@ -151,6 +155,11 @@ fn check_of(place: Place, plain: &[u8]) -> [u8; CHECK] {
 }
 
 fn close_plain(place: Place, plain: &[u8]) -> Vec<u8> {
+    if let Place::Value(_, key) = place
+        && key.kind == Kind::State
+    {
+        return [&[NAMED], plain].concat();
+    }
     let mut out = Vec::with_capacity(1 + plain.len() + CHECK);
     out.push(PLAIN);
     out.extend_from_slice(plain);
@@ -281,6 +290,12 @@ impl Domain {
     pub(crate) fn open(&self, place: Place, bytes: &[u8]) -> Result<Vec<u8>, String> {
         match (self, bytes.split_first()) {
             (Self::Plain, Some((&PLAIN, rest))) => open_plain(place, rest),
+            (Self::Plain, Some((&NAMED, rest))) => match place {
+                Place::Value(_, key) if key.kind == Kind::State && StateId::of(rest).0 == key.id => {
+                    Ok(rest.to_vec())
+                }
+                _ => Err("its bytes are not those that its key names".into()),
+            },
             (Self::Sealed(keys), Some((&SEALED, rest))) => {
                 let Some((nonce, sealed)) = rest.split_at_checked(NONCE) else {
                     return Err(format!("{} bytes are left of it", bytes.len()));
@@ -295,8 +310,56 @@ impl Domain {
 fn wrong_mode(found: Option<u8>) -> String {
     match found {
         None => "it is empty".into(),
-        Some(PLAIN) => "it is not encrypted, and the store is".into(),
+        Some(PLAIN | NAMED) => "it is not encrypted, and the store is".into(),
         Some(SEALED) => "it is encrypted, and the store is not".into(),
         Some(other) => format!("it begins with {other}, expected {PLAIN} or {SEALED}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_value_opens_at_its_place_and_as_it_was_written_only() {
+        let group = Group([1; 32]);
+        let plain = b"what was written".to_vec();
+        let named = |kind| Key {
+            kind,
+            id: StateId::of(&plain).0,
+        };
+        let vault = Vault::new(Some(&StoreKey::new([7; 32])));
+        for domain in [Domain::Plain, vault.new_domain(group).unwrap()] {
+            for kind in Kind::ALL {
+                let place = Place::Value(group, named(kind));
+                let closed = domain.close(place, &plain).unwrap();
+                assert_eq!(domain.open(place, &closed).unwrap(), plain);
+                for bit in 0..closed.len() * 8 {
+                    let mut bad = closed.clone();
+                    bad[bit / 8] ^= 1 << (bit % 8);
+                    assert!(domain.open(place, &bad).is_err(), "{kind:?}, bit {bit}");
+                }
+                let other = Key {
+                    id: [9; 32],
+                    ..named(kind)
+                };
+                assert!(domain.open(Place::Value(group, other), &closed).is_err());
+                assert!(domain.open(Place::Head(group), &closed).is_err());
+                for other in Kind::ALL.into_iter().filter(|other| *other != kind) {
+                    assert!(
+                        domain.open(Place::Value(group, named(other)), &closed).is_err(),
+                        "{kind:?} as {other:?}"
+                    );
+                }
+                // A state without a key is what its key says, wherever it stands.
+                let elsewhere = domain.open(Place::Value(Group([2; 32]), named(kind)), &closed);
+                assert_eq!(
+                    elsewhere.is_ok(),
+                    kind == Kind::State && matches!(domain, Domain::Plain)
+                );
+            }
+        }
     }
 }

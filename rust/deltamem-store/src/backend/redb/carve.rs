@@ -17,7 +17,7 @@ const HEAD: usize = 32;
 const OBJECT: usize = 65;
 const PART: usize = 67;
 /// The modes of a seal, and the fewest bytes that one takes.
-const MODES: [u8; 2] = [1, 2];
+const MODES: [u8; 3] = [1, 2, 3];
 const SEAL: usize = 16;
 /// The longest value of a leaf that is looked at: a state of the largest memory.
 const MAX_LEAF: usize = (1 << 30) + (1 << 20);

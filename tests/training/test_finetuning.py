@@ -511,7 +511,7 @@ def learnt(
     folder = tmp_path_factory.mktemp("learnt")
     rng = random.Random(0)
     data = write(folder / "data.jsonl", [conversation(rng, 1) for _ in range(400)])
-    recipe = replace(SMALL, rank=16, batch=16, steps=100, evaluate_every=50, held_out=0.15)
+    recipe = replace(SMALL, rank=16, batch=16, steps=160, evaluate_every=80, held_out=0.15)
     torch.set_num_threads(1)
     card = finetune(backbone(), data, folder / "adapter", recipe, say=lambda _: None)
     return data, folder / "adapter", card
@@ -523,11 +523,11 @@ def test_recall_of_unseen_conversations_rises_and_the_state_is_why(
     data, adapter, card = learnt
     untrained, best = card["figures"]["untrained"], card["figures"]["best"]
     assert untrained["recall"] <= 0.2
-    assert best["recall"] >= 0.8
+    assert best["recall"] >= 0.9
     assert best["loss"] < 0.5 * untrained["loss"]
     with (adapter / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [int(line["step"]) for line in lines] == list(range(-1, 100))
+    assert [int(line["step"]) for line in lines] == list(range(-1, 160))
     losses = [float(line["loss"]) for line in lines[1:]]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     # The same questions from empty memories and from each other's: chance is one of eight.
@@ -569,7 +569,7 @@ def test_the_card_says_what_was_done(learnt: tuple[Path, Path, dict[str, Any]]) 
         == card["data"]["conversations"]
         == len(read.conversations)
     )
-    assert card["steps"] == 100
+    assert card["steps"] == 160
     assert card["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert {p.name for p in adapter.iterdir()} == {
         "adapter.safetensors", "delta_mem_config.json", "card.json", "metrics.csv"
@@ -605,7 +605,7 @@ def test_the_trained_adapter_is_a_bundle_that_the_runtime_agrees_with(
             right = made.objective.read([asked], state).right()
             assert (reply.strip() == answer) == bool(right[0])
     assert handle.state is not None
-    assert told >= 5
+    assert told >= 6
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(

@@ -68,7 +68,7 @@ class FinetuningRecipe:
     teacher_weight: float = _of(0.0, "KL to the frozen model that sees the whole context, on the answers")
     anchor_weight: float = _of(0.0, "1 − cosine of the last hidden vectors, ours and that teacher's, on the answers")
     teacher_tokens: int = _of(8192, "context of the teacher; sessions without evidence go first", least=8)
-    sparsity_weight: float = _of(0.0, "|mean β − sparsity_target| over what is written")
+    sparsity_weight: float = _of(0.0, "distance of the mean β over what is written from sparsity_target")
     sparsity_target: float = _of(0.05, "see sparsity_weight", most=1)
     # the stream and the curriculum
     bptt_tokens: int = _of(

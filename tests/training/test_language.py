@@ -72,6 +72,19 @@ def test_training_never_tells_a_held_out_pair_or_phrasing(codec: Codec) -> None:
         s.tell(RELATIONS[0], "Anna", phrasing="held-out")
 
 
+def test_odd_values_are_of_other_relations_and_none_is_held_out() -> None:
+    odd = Speaker(random.Random(3), odd=0.5)
+    strange = 0
+    for _ in range(20):
+        for r in RELATIONS:
+            value = odd.draw_value(r)
+            assert not is_held_out(r.name, value)
+            strange += value not in r.values
+    assert 0.4 < strange / (20 * len(RELATIONS)) < 0.6
+    plain, none = Speaker(random.Random(4)), Speaker(random.Random(4), odd=0.0)
+    assert [plain.draw_value(r) for r in RELATIONS] == [none.draw_value(r) for r in RELATIONS]
+
+
 def test_every_trained_phrasing_is_drawn() -> None:
     s = speaker(4)
     seen = set()

@@ -281,6 +281,8 @@ def test_spans_cover_messages_and_sentences(backbone: Callable[..., Path]) -> No
     context = renderer.turn(turn)
     assert text(context) == "<bos> be brief <end> <user> my dog is rex . today rain <end> <bot> ok . ok"
     assert context.spans == (*[-1] * 4, *[0] * 9, -1, 1, 1, 1)
+    assert renderer.turn(turn[2:]).spans == (0, 0, 0, 0)
+    assert renderer.turn(turn[1:2]).spans == (0,) * 9
     context = rendered(backbone(), replace(SMALL, write="sentence"))[0].turn(turn)
     assert context.spans == (*[-1] * 5, *[0] * 5, 1, 1, -1, -1, 2, 2, 3)
 

@@ -103,7 +103,10 @@ class Renderer:
             raise ExportError(
                 f"the chat template changes the message {content[:40]!r}; it cannot be read alone, use --context turn"
             )
-        return self._context(whole[:at], (), "", content)
+        alone = self._context(whole[:at], (), "", content)
+        if self.recipe.write == "message":  # all that the message adds
+            alone = Context(alone.ids, (0,) * len(alone.ids))
+        return alone
 
     def asked(self, question: Question, before: Sequence[Message] = ()) -> Asked:
         """A question and its answer behind the turn `before`."""

@@ -86,7 +86,8 @@ def finetune(
         trainer.load(checkpoint, identity)
         say(f"going on at step {trainer.done} of {trainer.total}")
     say(
-        f"{len(trainer.train)} conversations to train on ({trainer.left_out} are too long), {len(trainer.measured)} held out; "
+        f"{len(trainer.train)} conversations to train on ({trainer.left_out} are too long), {len(trainer.measured)} of {len(held_out)} "
+        "held-out ones to measure on; "
         f"{sum(p.numel() for p in trainer.parameters):,} parameters on {len(trainer.handle.layer_indices)} layers; {trainer.total} steps "
         f"on {processes.device.type}" + (f" x {processes.count}" if processes.count > 1 else "")
     )

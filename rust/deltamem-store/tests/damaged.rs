@@ -415,3 +415,34 @@ fn a_journal_that_is_missing_another_files_or_damaged_is_named_and_the_rest_is_s
         noticed * 20
     );
 }
+
+#[test]
+fn a_reader_finds_that_a_file_was_cut_where_nothing_is_in_use() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("memories");
+    let truth = example(&path, false);
+    let good = std::fs::read(&path).unwrap();
+    let shared = RedbOptions {
+        shared: true,
+        ..RedbOptions::default()
+    };
+    let look = || -> Result<_, Error> {
+        let backend = RedbBackend::open_read_only(&path, shared)?;
+        let store = Store::open(Arc::new(backend), Options::default())?;
+        let report = store.verify()?;
+        Ok((report.damages, only_truth(&store, &truth)))
+    };
+    assert_eq!(look().unwrap(), (vec![], true));
+    let mut readable = 0;
+    for missing in 1..60 {
+        std::fs::write(&path, &good[..good.len() - missing * 4096]).unwrap();
+        if let Ok((damages, all)) = look() {
+            assert!(
+                !damages.is_empty(),
+                "{missing} pages are missing, and verify says that the store is clean"
+            );
+            readable += u32::from(all);
+        }
+    }
+    assert!(readable > 0, "no cut left everything readable");
+}

@@ -335,6 +335,17 @@ impl Shared {
         Ok((look(&pending), begun))
     }
 
+    /// Whether the file is shorter than its header says, which a reader does not notice where only free pages are missing.
+    fn cut(&self) -> Result<Option<String>, Error> {
+        let reading = |source| failed(&self.place, "reading", source);
+        let file = self.media.view().map_err(reading)?;
+        let mut header = [0; 64];
+        file.read(0, &mut header).map_err(reading)?;
+        let (length, wanted) = (file.len().map_err(reading)?, salvage::layout(&header));
+        Ok((length < wanted)
+            .then(|| format!("it has {length} bytes, and its header says {wanted}: it was cut")))
+    }
+
     /// A group's head as it is now.
     fn head(&self, group: Group) -> Result<Option<Vec<u8>>, Error> {
         let (found, begun) = self.view(|pending| pending.head(group))?;
@@ -536,7 +547,14 @@ impl Backend for RedbBackend {
             let place = &self.shared.place;
             let found = self.view(|_| ());
             let found = found.and_then(|((), begun)| guarded(place, || tree::headless(place, &begun)));
-            return found.or_else(|error| as_finding(place, error));
+            let mut found = found.or_else(|error| as_finding(place, error))?;
+            // A writer beside this may be making it shorter: what is so twice is so.
+            if self.shared.cut()?.is_some()
+                && let Some(cut) = self.shared.cut()?
+            {
+                found.push((place.clone(), cut));
+            }
+            return Ok(found);
         }
         self.alone(Writer::check)
     }

@@ -290,7 +290,7 @@ fn open_any(place: &str, overlay: &Overlay, findings: &Findings) -> Result<Opene
 }
 
 /// The length that the header's layout asks for; 0 when that makes no sense.
-fn layout(header: &[u8; 64]) -> u64 {
+pub(super) fn layout(header: &[u8; 64]) -> u64 {
     let number = |at: usize| {
         u64::from(u32::from_le_bytes([
             header[at],

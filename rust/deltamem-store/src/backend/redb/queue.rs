@@ -179,7 +179,7 @@ mod tests {
         });
         assert_eq!(alone.into_inner(), 32);
         let groups = groups.into_inner();
-        assert!((160..700).contains(&groups), "{groups} groups of 800 jobs");
+        assert!((160..800).contains(&groups), "{groups} groups of 800 jobs");
     }
 
     #[test]

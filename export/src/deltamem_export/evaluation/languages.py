@@ -8,6 +8,7 @@ models.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from deltamem_export.errors import ExportError
@@ -43,7 +44,7 @@ class Chain:
     answer: Fact
 
 
-class Language:
+class Language(ABC):
     """What both languages share. `held_out` says whether there are pairs and phrasings kept out of training."""
 
     name: str
@@ -63,27 +64,29 @@ class Language:
         """The same relation with another value."""
         return Fact(fact.relation, rng.choice([v for v in fact.relation.values if v != fact.value]))
 
+    @abstractmethod
     def tell(self, rng: random.Random, fact: Fact, change: bool = False, phrasing: str = "any") -> str:
-        raise NotImplementedError
+        """A message that tells a fact, or that it changed."""
 
+    @abstractmethod
     def ask(self, rng: random.Random, relation: Relation, phrasing: str = "any") -> str:
-        raise NotImplementedError
+        """A question for a relation."""
 
     def question(self, text: str) -> str:
         """A question in any words as it is put to the model."""
         return text
 
+    @abstractmethod
     def talk(self, rng: random.Random) -> str:
         """A message that tells nothing about the speaker."""
-        raise NotImplementedError
 
     def right(self, fact: Fact, reply: str) -> bool:
         """Exact: the value stands in the reply as a word, and no other value of its relation does."""
         return is_correct(fact.relation, fact.value, reply)
 
+    @abstractmethod
     def invents_nothing(self, relation: Relation, reply: str) -> bool:
         """Whether the reply to a question about what was never told is as it should be."""
-        raise NotImplementedError
 
     def chains(self, rng: random.Random, count: int) -> list[Chain]:
         """`count` pairs of facts with a question over both."""
@@ -100,11 +103,13 @@ class Language:
             chains.append(Chain(told, self.question(f"In which place does my {who} live?"), Fact(home, place)))
         return chains
 
+    @abstractmethod
     def _places(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Names of places, for questions over two facts."""
 
+    @abstractmethod
     def _value(self, rng: random.Random, relation: Relation, pairs: str) -> str:
-        raise NotImplementedError
+        """A value of a relation; `pairs`: which ones may come."""
 
 
 class TinyEnglish(Language):

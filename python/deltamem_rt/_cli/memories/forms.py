@@ -49,10 +49,7 @@ def of_commit(commit: Commit) -> dict[str, Any]:
 def of_memory(info: MemoryInfo) -> dict[str, Any]:
     """What a memory is."""
     return {
-        "name": info.name,
-        "head": info.head,
-        "branches": dict(info.branches),
-        "tags": dict(info.tags),
+        **of_refs(info),
         "commits": info.commits,
         "bytes": info.bytes,
         "max_commits": info.max_commits,

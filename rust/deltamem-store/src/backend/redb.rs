@@ -285,7 +285,7 @@ impl Shared {
         let place = &self.place;
         guarded(place, || {
             let begun = self.database.read().begin(place)?;
-            mark_of(place, &begun)
+            tree::mark(place, &begun)
         })
     }
 
@@ -584,16 +584,6 @@ fn as_finding(place: &str, error: Error) -> Result<Vec<(String, String)>, Error>
         Error::Damaged { what, .. } => Ok(vec![(place.to_owned(), what)]),
         other => Err(other),
     }
-}
-
-/// What a tree says of its journal.
-fn mark_of(place: &str, begun: &ReadTransaction) -> Result<Option<Mark>, Error> {
-    let Some(mark) = tree::mark(place, begun)? else {
-        return Ok(None);
-    };
-    Mark::decode(&mark)
-        .map(Some)
-        .map_err(|what| Error::damaged(place, format!("what it says of its journal is damaged: {what}")))
 }
 
 fn weight(batch: &Batch) -> usize {

@@ -16,7 +16,7 @@ use super::media::{FileMedia, Media};
 use super::overlay::Overlay;
 use super::pending::{Found, Pending};
 use super::tree::{self, HEADS, table};
-use super::{guarded, journal, mark_of, wrong};
+use super::{guarded, journal, wrong};
 use crate::backend::{Applied, Backend, Batch, Compacted, Cursor, Group, Key, Kind, Page, Read};
 use crate::error::{Error, place_of};
 
@@ -105,7 +105,7 @@ impl SalvageBackend {
     fn take_journal(&mut self, path: &Path) -> Result<(), Error> {
         let fail = |error| Error::file(path, "reading its journal", error);
         let begun = self.begin();
-        let mark = begun.and_then(|begun| guarded(&self.place, || mark_of(&self.place, &begun)));
+        let mark = begun.and_then(|begun| guarded(&self.place, || tree::mark(&self.place, &begun)));
         let mark = match mark {
             Ok(mark) => mark,
             Err(error) => {

@@ -5,6 +5,7 @@
 
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, Table, TableDefinition, TableError};
 
+use super::journal::Mark;
 use super::pending::{Found, Item};
 use super::wrong;
 use crate::backend::{Group, Key, Kind};
@@ -27,10 +28,10 @@ const PAGE: usize = 4096;
 /// What a leaf with one entry needs beside the value, and a little more.
 const AROUND: usize = 128;
 
-pub(super) type Objects = ReadOnlyTable<&'static [u8; 65], &'static [u8]>;
-pub(super) type Parts = ReadOnlyTable<&'static [u8; 67], &'static [u8]>;
+type Objects = ReadOnlyTable<&'static [u8; 65], &'static [u8]>;
+type Parts = ReadOnlyTable<&'static [u8; 67], &'static [u8]>;
 
-pub(super) fn object_key(group: Group, key: Key) -> [u8; 65] {
+fn object_key(group: Group, key: Key) -> [u8; 65] {
     let mut out = [0; 65];
     out[..32].copy_from_slice(&group.0);
     out[32] = key.kind as u8;
@@ -120,12 +121,14 @@ pub(super) fn heads<'a>(
 }
 
 /// What the tree says of its journal.
-pub(super) fn mark(place: &str, begun: &ReadTransaction) -> Result<Option<Vec<u8>>, Error> {
+pub(super) fn mark(place: &str, begun: &ReadTransaction) -> Result<Option<Mark>, Error> {
     let Some(table) = table(place, begun, JOURNAL)? else {
         return Ok(None);
     };
     let mark = table.get(JOURNAL_KEY).map_err(reading(place))?;
-    Ok(mark.map(|mark| mark.value().to_vec()))
+    mark.map(|mark| Mark::decode(mark.value()))
+        .transpose()
+        .map_err(|what| Error::damaged(place, format!("what it says of its journal is damaged: {what}")))
 }
 
 /// The tables of values, each opened when it is first needed.
@@ -389,19 +392,21 @@ pub(super) fn clear(
     states: &mut Table<'_, &'static [u8; 67], &'static [u8]>,
     group: Group,
 ) -> Result<(), Error> {
-    let writing = |error: redb::StorageError| wrong(place, "writing", error);
-    let (mut start, mut end) = ([0; 67], [0xFF; 67]);
+    clear_in(place, objects, group)?;
+    clear_in(place, states, group)
+}
+
+fn clear_in<const N: usize>(
+    place: &str,
+    table: &mut Table<'_, &'static [u8; N], &'static [u8]>,
+    group: Group,
+) -> Result<(), Error> {
+    let (mut start, mut end) = ([0; N], [0xFF; N]);
     start[..32].copy_from_slice(&group.0);
     end[..32].copy_from_slice(&group.0);
-    states
-        .retain_in::<&[u8; 67], _>(&start..=&end, |_, _| false)
-        .map_err(writing)?;
-    let (mut start, mut end) = ([0; 65], [0xFF; 65]);
-    start[..32].copy_from_slice(&group.0);
-    end[..32].copy_from_slice(&group.0);
-    objects
-        .retain_in::<&[u8; 65], _>(&start..=&end, |_, _| false)
-        .map_err(writing)
+    table
+        .retain_in::<&[u8; N], _>(&start..=&end, |_, _| false)
+        .map_err(|error| wrong(place, "writing", error))
 }
 
 #[cfg(test)]

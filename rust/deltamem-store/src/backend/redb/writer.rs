@@ -12,7 +12,7 @@ use super::media::Boxed;
 use super::overlay::Overlay;
 use super::pending::Pending;
 use super::tree::{self, HEADS, JOURNAL, JOURNAL_KEY, OBJECTS, STATES, table};
-use super::{Open, Shared, TOGETHER, failed, guarded, unavailable, wrong};
+use super::{Open, Shared, TOGETHER, failed, guarded, unavailable, weight, wrong};
 use crate::backend::{Applied, Batch, Compacted, Group, HeadChange};
 use crate::error::Error;
 use crate::seal::random;
@@ -114,9 +114,8 @@ impl Writer {
     fn keep(&mut self, batches: Vec<Batch>) -> Result<(), Error> {
         let shared = self.shared.clone();
         let limit = shared.options.journal_bytes;
-        let values = batches.iter().flat_map(|batch| &batch.puts);
-        let bytes: u64 = values.map(|(_, value)| value.len() as u64).sum();
-        if !shared.journalled() || bytes > limit {
+        let bytes: usize = batches.iter().map(weight).sum();
+        if !shared.journalled() || bytes as u64 > limit {
             self.checkpoint(true)?;
             let mut changes = Pending::default();
             changes.extend(batches);
@@ -259,10 +258,7 @@ impl Writer {
         let shared = &self.shared;
         let mut database = shared.database.write();
         if let Open::Writing(old) = std::mem::replace(&mut *database, Open::Closed) {
-            let _ = guarded(&shared.place, || {
-                drop(old);
-                Ok(())
-            });
+            let_go(&shared.place, old);
         }
         *database = match shared.open_writing() {
             Ok(opened) => Open::Writing(opened),
@@ -290,19 +286,13 @@ impl Writer {
             }
         };
         if let Err(source) = media.promote() {
-            let _ = guarded(place, || {
-                drop(new);
-                Ok(())
-            });
+            let_go(place, new);
             media.discard_side();
             return Err(failed(place, "putting the new file in its place", source));
         }
         self.unsettled = true;
         let old = std::mem::replace(&mut *shared.database.write(), Open::Writing(new));
-        let _ = guarded(place, || {
-            drop(old);
-            Ok(())
-        });
+        let_go(place, old);
         self.ready()?;
         Ok(Compacted {
             before,
@@ -351,6 +341,14 @@ impl Writer {
         }
         Ok(found)
     }
+}
+
+/// Lets go of a database that is not needed any more; whatever redb says of it then, even by a panic, concerns nobody.
+fn let_go<T>(place: &str, database: T) {
+    let _ = guarded(place, || {
+        drop(database);
+        Ok(())
+    });
 }
 
 fn check_tree(shared: &Shared) -> Result<Vec<(String, String)>, Error> {

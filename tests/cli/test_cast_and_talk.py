@@ -44,6 +44,12 @@ def test_a_reply_is_right_when_it_says_the_value_and_no_other(value, reply, righ
     assert is_right(reply, fact(value)) is right
 
 
+def test_who_says_the_value_and_that_it_does_not_know_is_not_right():
+    known = replace(fact("blue"), unknown=("I don't know",))
+    assert is_right("Your coat is blue.", known)
+    assert not is_right("Your coat is blue... i don't know yet.", known)
+
+
 @given(st.sampled_from(COLOURS), st.sampled_from(COLOURS))
 def test_naming_any_other_value_is_wrong(value, other):
     assert is_right(f"It is {value}, no, {other}.", fact(value)) is (value == other)

@@ -10,6 +10,7 @@ from deltamem_export.training import demo, english
 from deltamem_export.training.language import (
     BY_NAME,
     RELATIONS,
+    UNKNOWN,
     Speaker,
     is_correct,
     is_held_out,
@@ -108,6 +109,7 @@ def test_answers_grade_right_and_everything_else_wrong() -> None:
         a, b = r.values[:2]
         assert not is_correct(r, a, r.answer(b))
         assert not is_correct(r, a, f"{r.prefix} {a} or {b}.")
+        assert not is_correct(r, a, f"{r.prefix} {a}{UNKNOWN}")
         assert not any(mentions(r.unknown, v) for v in r.values)
         assert says_unknown(r.unknown)
 

@@ -12,12 +12,13 @@ import torch
 from deltamem_export.adapter import Adapter
 from deltamem_export.reference import attach
 from deltamem_export.training import evaluate
-from deltamem_export.training.backbone import build_backbone, forward_rows, train_backbone
-from deltamem_export.training.batches import Context, pack
+from deltamem_export.training.addresses import _aim, _ridge
+from deltamem_export.training.backbone import KIND, DialogueStream, build_backbone, forward_rows, train_backbone
+from deltamem_export.training.batches import IGNORE, Context, pack
 from deltamem_export.training.language import Speaker
 from deltamem_export.training.memory import MemoryTrainer, stream_scan, train_memory
 from deltamem_export.training.recipe import RECIPES, corpus, run_recipe
-from deltamem_export.training.tokenizer import Codec, train_tokenizer
+from deltamem_export.training.tokenizer import DECISIVE, Codec, train_tokenizer
 
 SMOKE = RECIPES["smoke"]
 
@@ -68,6 +69,37 @@ def test_turns_packed_in_rows_do_not_see_each_other(codec: Codec) -> None:
     hidden = forward_rows(model, rows)[rows.segments >= 0]
     alone = torch.cat([model.model(input_ids=torch.tensor([list(c.ids)[:128]])).last_hidden_state[0] for c in contexts])
     assert (hidden - alone).abs().max() < 1e-4
+
+
+def test_said_is_where_a_value_was_just_read(codec: Codec) -> None:
+    speaker = Speaker(random.Random(7))
+    turns = [speaker.tell(*speaker.draw_facts(1)[0]) for _ in range(9)] + [speaker.talk() for _ in range(9)]
+    random.Random(8).shuffle(turns)
+    rows = pack([Context.of_turn(codec.turn(t), KIND[t.kind]) for t in turns], 128, codec.pad)
+    values = [codec.encode(f" {t.value}")[-1] for t in turns if t.kind == "tell"]
+    assert rows.ids[rows.said()].tolist() == values
+    assert (rows.kinds[rows.said()] == KIND["tell"]).all()
+
+
+def test_a_forced_value_is_not_to_be_predicted(codec: Codec) -> None:
+    context = DialogueStream(Speaker(random.Random(9)), codec, SMOKE.backbone).forced_answer()
+    following = [*context.ids[1:], codec.end]
+    ignored = [i for i, target in enumerate(context.targets) if target == IGNORE]
+    assert ignored == [i for i, tag in enumerate(context.tags) if tag == DECISIVE] != []
+    assert all(t == f for i, (t, f) in enumerate(zip(context.targets, following, strict=True)) if i not in ignored)
+
+
+def test_keys_are_aimed_nearer_than_ridge_regression_leaves_them() -> None:
+    torch.manual_seed(0)
+    kind = torch.randint(0, 6, (600,))
+    x = torch.randn(6, 24)[kind] + 0.5 * torch.randn(600, 24)
+    y = torch.eye(8)[kind]
+
+    def cosine(matrix: torch.Tensor) -> float:
+        return float((torch.nn.functional.normalize((x @ matrix.T).tanh(), dim=-1) * y).sum(-1).mean())
+
+    start = _ridge(x, y, 1.0)
+    assert 1 - cosine(_aim(start, x, y, torch.ones(600))) < 0.75 * (1 - cosine(start))
 
 
 def test_an_episode_at_once_is_the_episode_turn_by_turn(codec: Codec) -> None:

@@ -81,7 +81,7 @@ class Language(ABC):
         """A message that tells nothing about the speaker."""
 
     def right(self, fact: Fact, reply: str) -> bool:
-        """Exact: the value stands in the reply as a word, and no other value of its relation does."""
+        """Exact: the value stands in the reply as a word, and neither another value of its relation nor that it is not known."""
         return is_correct(fact.relation, fact.value, reply)
 
     @abstractmethod

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deltamem_export.training.tokenizer import EncodedTurn
+from deltamem_export.training.tokenizer import DECISIVE, EncodedTurn
 
 IGNORE = -100
 
@@ -66,6 +66,13 @@ class Rows:
 
     def to(self, device: str) -> Rows:
         return self.each(lambda t: t.to(device))
+
+    def said(self) -> Tensor:
+        """bool [R, W]: the token read here is the last decisive one of its reply."""
+        before = torch.roll(self.tags, 1, dims=1) == DECISIVE
+        before[:, 0] = False
+        same = torch.roll(self.segments, 1, dims=1) == self.segments
+        return before & same & (self.tags != DECISIVE) & (self.segments >= 0)
 
     def attention_mask(self) -> Tensor:
         """bool [R, 1, W, W]: a token sees the tokens of its own context up to itself."""

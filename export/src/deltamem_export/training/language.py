@@ -503,8 +503,12 @@ def mentions(text: str, value: str) -> bool:
 
 
 def is_correct(relation: Relation, value: str, reply: str) -> bool:
-    """Exact grading: the value stands in the reply, and no other value of the relation does."""
-    return mentions(reply, value) and not any(mentions(reply, other) for other in relation.values if other != value)
+    """Exact grading: the value stands in the reply, no other value of the relation does, and it does not also say that it does not know."""
+    return (
+        mentions(reply, value)
+        and not says_unknown(reply)
+        and not any(mentions(reply, other) for other in relation.values if other != value)
+    )
 
 
 def says_unknown(reply: str) -> bool:

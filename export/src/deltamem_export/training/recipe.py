@@ -137,7 +137,13 @@ def run_recipe(
             train_backbone(model, Speaker(seeds[1], text=text), codec, recipe.backbone, device, metrics.line)
             torch.manual_seed(seed)
             train_backbone(
-                model, Speaker(seeds[3], text=text), codec, recipe.backbone, device, metrics.line, sharpen=True
+                model,
+                Speaker(seeds[3], text=text, odd=recipe.backbone.sharpen_odd),
+                codec,
+                recipe.backbone,
+                device,
+                metrics.line,
+                sharpen=True,
             )
         partial = out / "backbone.partial"
         model.to("cpu").save_pretrained(partial)
@@ -148,7 +154,8 @@ def run_recipe(
     model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
     if not (adapter / "adapter.safetensors").is_file():
         say(f"memory: {recipe.memory.steps} steps on {device}")
-        trainer = MemoryTrainer(model, Speaker(seeds[2], text=text), codec, recipe.memory, seed, device)
+        speaker = Speaker(seeds[2], text=text, odd=recipe.memory.odd)
+        trainer = MemoryTrainer(model, speaker, codec, recipe.memory, seed, device)
         with _Metrics(out / "memory.csv", say) as metrics:
             train_memory(trainer, metrics.line, checkpoint=out / "memory.checkpoint")
         partial = out / "adapter.partial"

@@ -22,6 +22,8 @@ class Fact:
     question: str
     values: tuple[str, ...]
     """Every value that the relation can have: what a guess would choose from."""
+    unknown: tuple[str, ...] = ()
+    """How the model says that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,27 @@ class Relation:
     values: tuple[str, ...]
     tell: tuple[str, ...]
     ask: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
 
 
 def read_relations(path: Path) -> list[Relation]:
     """The relations of a demo.json. Raises UsageError when the file is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        relations = [_relation(entry) for entry in content["relations"]]
-    except (ValueError, KeyError, TypeError) as error:
+        unknown = content.get("unknown", [])
+        if not isinstance(unknown, list):
+            raise ValueError(f"unknown is {unknown!r}, where a list of phrases is expected")
+        relations = [_relation(entry, tuple(map(str, unknown))) for entry in content["relations"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is no file of facts for the demo: {type(error).__name__}: {error}") from None
     if not relations:
         raise UsageError(f"{path} holds no relations")
     return relations
 
 
-def _relation(entry: dict[str, Any]) -> Relation:
-    relation = Relation(str(entry["name"]), *(tuple(map(str, entry[key])) for key in ("values", "tell", "ask")))
+def _relation(entry: dict[str, Any], unknown: tuple[str, ...]) -> Relation:
+    values, tell, ask = (tuple(map(str, entry[key])) for key in ("values", "tell", "ask"))
+    relation = Relation(str(entry["name"]), values, tell, ask, unknown)
     if len(set(relation.values)) < 2 or not relation.tell or not relation.ask:
         raise ValueError(f"relation {relation.name!r} needs two values, a way to tell it and a way to ask for it")
     if any("{value}" not in phrase for phrase in relation.tell):
@@ -93,11 +100,13 @@ def _fact(relation: Relation, rng: random.Random) -> Fact:
 
 def _with_value(relation: Relation, value: str, rng: random.Random) -> Fact:
     told = rng.choice(relation.tell).replace("{value}", value)
-    return Fact(relation.name, value, told, rng.choice(relation.ask), relation.values)
+    return Fact(relation.name, value, told, rng.choice(relation.ask), relation.values, relation.unknown)
 
 
 def is_right(reply: str, fact: Fact) -> bool:
-    """Whether the reply says the true value, as whole words, and no other value of the same relation."""
+    """Whether the reply says the true value, as whole words, no other value of the same relation, and not also that it does not know."""
+    if any(phrase.casefold() in reply.casefold() for phrase in fact.unknown):
+        return False
     words = _words(reply)
     said = set()
     # The longest first: who says "dark blue" has not said "blue".

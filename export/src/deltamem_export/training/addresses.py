@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltamem_export.reference import MemoryHandle
-from deltamem_export.training.backbone import KIND
+from deltamem_export.training.backbone import KIND, acknowledged
 from deltamem_export.training.batches import Context, Rows, pack
 from deltamem_export.training.language import RELATION_INDEX, RELATIONS, Speaker
 from deltamem_export.training.tokenizer import DECISIVE, Codec
@@ -61,10 +61,10 @@ def fit_addresses(
     axes = torch.linalg.svd(names - middle, full_matrices=False).Vh[:rank]  # [≤ rank, hidden]
     scale = said.norm(dim=-1).mean()
     name = (said - middle) / scale @ axes.T
+    told = directions[rows.relations[writes]]
     few = (~writes).sum() / writes.sum().clamp_min(1)
     for i, x in inputs.items():
         layer = handle.layers[str(i)]
-        told = directions[rows.relations[writes]]
         layer.memory_k_proj.copy_(_aim(_ridge(x[writes], told, ridge), x[writes], told, torch.ones(len(told))))
         layer.memory_q_proj.copy_(_aim(_ridge(x * rare, place * rare, ridge), x, place, rare.square().squeeze(-1)))
         layer.memory_v_proj.zero_()
@@ -114,8 +114,7 @@ def _observe(
             h = model.model.layers[i].input_layernorm(out.hidden_states[i])
             seen[i].append(h[part.segments >= 0].cpu())
     real = rows.segments >= 0
-    writes = rows.said() & (rows.kinds <= KIND["change"])
-    return {i: torch.cat(parts) for i, parts in seen.items()}, rows.each(lambda t: t[real]), writes[real]
+    return {i: torch.cat(parts) for i, parts in seen.items()}, rows.each(lambda t: t[real]), acknowledged(rows)[real]
 
 
 def _ridge(x: Tensor, y: Tensor, ridge: float) -> Tensor:

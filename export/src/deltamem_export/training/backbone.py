@@ -24,6 +24,11 @@ KINDS = ("tell", "change", "ask", "unknown", "talk", "text", "induction")
 KIND = {name: i for i, name in enumerate(KINDS)}
 
 
+def acknowledged(rows: Rows) -> Tensor:
+    """bool [R, W]: the token read here ends the value of a fact that is being acknowledged; where a memory writes."""
+    return rows.said() & (rows.kinds <= KIND["change"])
+
+
 @dataclass(frozen=True)
 class BackboneRecipe:
     """Sizes and schedule. Times in steps, so that a seed repeats a run on any machine."""
@@ -179,7 +184,7 @@ class _Reading(nn.Module):
         values that are read right."""
         real = rows.targets != IGNORE
         about = (rows.tags == DECISIVE) & (rows.relations >= 0)
-        said = rows.said() & (rows.kinds <= KIND["change"])
+        said = acknowledged(rows)
         where = about | said
         # In a memory's own form, so that its keys come out as near to one axis a relation as can be.
         guess = SHARPNESS * F.normalize(self.relation(x[where]).tanh(), dim=-1)

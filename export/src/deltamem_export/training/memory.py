@@ -22,7 +22,7 @@ from deltamem_export.adapter import AdapterConfig
 from deltamem_export.reference import MemoryHandle, attach
 from deltamem_export.scan import chunked_scan
 from deltamem_export.training.addresses import fit_addresses
-from deltamem_export.training.backbone import KIND, forward_rows, schedule
+from deltamem_export.training.backbone import KIND, acknowledged, forward_rows, schedule
 from deltamem_export.training.batches import IGNORE, Context, Rows, pack
 from deltamem_export.training.language import BY_NAME, RELATION_INDEX, RELATIONS, Relation, Speaker
 from deltamem_export.training.tokenizer import DECISIVE, TEXT, Codec
@@ -352,7 +352,7 @@ class MemoryTrainer:
 
     def _gates_and_keys(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Writes anywhere but behind an acknowledged value; overlap of the keys of different relations; queries away from their keys."""
-        written = rows.said() & (rows.kinds <= KIND["change"])
+        written = acknowledged(rows)
         quiet_where = (rows.segments >= 0) & ~written
         asked = (rows.kinds == KIND["ask"]) & (rows.tags == DECISIVE)
         # Only the first decisive token of an answer asks by its relation alone.

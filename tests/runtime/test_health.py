@@ -58,20 +58,31 @@ def forged(seed: int = 0, count: int = 40) -> str:
     )
 
 
+def read(session: dm.Session, turn: str | np.ndarray) -> None:
+    """A turn that is read and not answered."""
+    session.feed(turn)
+    session.end_turn()
+
+
 def flood(session: dm.Session, seed: int = 0, count: int = 40) -> None:
     """A turn of forged facts."""
-    session.feed(forged(seed, count))
-    session.end_turn()
+    read(session, forged(seed, count))
+
+
+def with_bounds(folder: Path, figure: str, rows: list[list[float]]) -> Path:
+    """A copy of the embedded default with other bounds on one figure."""
+    bundle = shutil.copytree(dm.default_bundle(), folder / "bundle")
+    manifest = json.loads((bundle / "deltamem.json").read_text(encoding="utf-8"))
+    manifest["health"]["bounds"][figure] = rows
+    (bundle / "deltamem.json").write_text(json.dumps(manifest), encoding="utf-8")
+    resealed(bundle)
+    return bundle
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory) -> dm.Model:
     """The embedded default with a low bound on the norm, which a dozen facts are over."""
-    bundle = shutil.copytree(dm.default_bundle(), tmp_path_factory.mktemp("narrow") / "bundle")
-    manifest = json.loads((bundle / "deltamem.json").read_text(encoding="utf-8"))
-    manifest["health"]["bounds"]["norm"] = [[20.0]]
-    (bundle / "deltamem.json").write_text(json.dumps(manifest), encoding="utf-8")
-    resealed(bundle)
+    bundle = with_bounds(tmp_path_factory.mktemp("narrow"), "norm", [[20.0]])
     return dm.Model.load(bundle, device="cpu")
 
 
@@ -193,11 +204,7 @@ def test_a_bundle_that_was_not_calibrated_gives_figures_and_no_verdict(ids_model
 
 
 def test_bounds_of_another_shape_make_a_bundle_inconsistent(tmp_path) -> None:
-    bundle = shutil.copytree(dm.default_bundle(), tmp_path / "bundle")
-    manifest = json.loads((bundle / "deltamem.json").read_text(encoding="utf-8"))
-    manifest["health"]["bounds"]["change"] = [[1.0]] * 3
-    (bundle / "deltamem.json").write_text(json.dumps(manifest), encoding="utf-8")
-    resealed(bundle)
+    bundle = with_bounds(tmp_path, "change", [[1.0]] * 3)
     with pytest.raises(dm.BundleError, match=r"health\.bounds\.change is 3 rows"):
         dm.Model.load(bundle, device="cpu")
 
@@ -276,6 +283,56 @@ def test_contradictions_of_one_fact_change_that_fact_and_a_rollback_by_hand_brin
     assert said == []
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="a goal not reached: this default's bounds let short turns of random tokens pass (docs/health.md)",
+)
+def test_random_tokens_in_drops_are_caught_by_how_far_turns_move_the_memory_together(text_model, facts) -> None:
+    told = facts(4, 16)
+    counts = {}
+    for on_drift in (None, "rollback"):
+        with text_model.session(on_drift=on_drift) as session, drifting() as said:
+            for fact in told:
+                tell(session, fact)
+            for seed in range(100):
+                read(session, np.random.default_rng(seed).integers(3, 2000, 30))
+            counts[on_drift] = recalled(text_model, session, told)
+    assert any("moved in its last turns by" in line for line in said)
+    assert len(said) > 60
+    assert counts[None] <= 6
+    assert counts["rollback"] >= 13
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a goal not reached: 240 contradictions stay under this default's bounds in most memories (docs/health.md)",
+)
+def test_contradictions_are_held_under_the_bounds_and_a_rollback_by_hand_heals_the_rest(text_model, facts) -> None:
+    """A contradiction told in a turn of its own is what a change of mind looks like. It is seen when the memory is full of them."""
+    told = facts(20, 16)  # a tortoise, by many names
+    values = random.Random(0).choices([value for value in told[0].values if value != told[0].value], k=240)
+    with dm.Store.in_memory() as store:
+        loose = text_model.session()
+        watched = text_model.session("ada", store=store, autocommit=True, on_drift="rollback")
+        with loose, watched, drifting() as said:
+            for session in (loose, watched):
+                for fact in told:
+                    tell(session, fact)
+                before = recalled(text_model, session, told)
+                good = session.head
+                for other in values:
+                    session.chat(told[0].told.replace(told[0].value, other), max_new_tokens=32).read()
+            bound = watched.health().bounds["concentration"]
+            assert over(loose.health().concentration, bound), "nothing was poisoned"
+            assert not over(watched.health().concentration, bound)
+            others = told[1:]
+            assert recalled(text_model, loose, others) <= 11
+            assert recalled(text_model, watched, others) >= 13
+            watched.rollback(good.id)
+            assert recalled(text_model, watched, told) == before
+    assert said
+
+
 def test_twenty_thousand_random_tokens_do_no_harm(text_model, facts) -> None:
     """There is nothing to catch: behind nothing that was acknowledged the gates stay shut."""
     told = facts(3, 16)
@@ -284,8 +341,7 @@ def test_twenty_thousand_random_tokens_do_no_harm(text_model, facts) -> None:
             tell(session, fact)
         before = recalled(text_model, session, told)
         for seed in range(20):
-            session.feed(np.random.default_rng(seed).integers(3, 2000, 1000))
-            session.end_turn()
+            read(session, np.random.default_rng(seed).integers(3, 2000, 1000))
         assert recalled(text_model, session, told) >= before - 1
     assert said == []
 
@@ -299,12 +355,10 @@ def test_one_token_told_a_hundred_thousand_times_does_no_harm(text_model, facts)
         before = recalled(text_model, session, told)
         token = text_model.encode(" shark")[0]
         turn = np.full(1000, token, np.int32)
-        session.feed(turn)
-        session.end_turn()
+        read(session, turn)
         first = session.memory
         for _ in range(99):
-            session.feed(turn)
-            session.end_turn()
+            read(session, turn)
         assert np.abs(session.memory - first).max() < 0.05
         assert recalled(text_model, session, told) >= before - 1
     assert said == []
@@ -325,12 +379,10 @@ def test_one_token_told_a_hundred_thousand_times_to_a_memory_that_decays_is_caug
     for on_drift in (None, "rollback"):
         with forgetful.session(on_drift=on_drift) as session, drifting() as said:
             for seed in range(10):
-                session.feed(np.random.default_rng(seed).integers(3, 256, 40))
-                session.end_turn()
+                read(session, np.random.default_rng(seed).integers(3, 256, 40))
             before = session.snapshot()
             for _ in range(100):
-                session.feed(turn)
-                session.end_turn()
+                read(session, turn)
             ranks[on_drift] = session.health(measure=False).effective_rank
             if on_drift == "rollback":
                 assert session.snapshot() == before

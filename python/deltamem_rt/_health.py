@@ -26,6 +26,8 @@ _OF_HEADS = {
     "change": "turn moved",
     "path": "16 turns",
     "collapse": "collapse",
+    "churn": "churn",
+    "scatter": "scatter",
 }
 
 
@@ -48,6 +50,12 @@ class Health:
     collapse : ndarray of float32 [L, H], or None
         The effective rank before the last turn over the one after it, times the part of today's energy that was there before (at most 1):
         large where the turn wiped the memory. Watched sessions only.
+    churn : ndarray of float32 [L, H], or None
+        How much of what the last 25 to 33 turns did came to nothing: their changes' lengths added up, minus the length of all they changed
+        together, in the nuclear norm. Facts of their own are no churn, contradictions and noise are. Watched sessions only.
+    scatter : ndarray of float32 [L, H], or None
+        In how many directions at once the last 16 turns wrote: the nuclear norms of their changes minus the Frobenius norms, added up. A turn
+        that writes one fact adds nothing. Watched sessions only.
     distance : ndarray of float32 [L, H], or None
         How far the state is from the last healthy one: a watched session's last healthy turn, otherwise the commit it stands on.
     healthy_commit, healthy_turns : str or None, int or None
@@ -70,7 +78,7 @@ class Health:
     frozen : bool
         Whether writes are off because the memory drifted.
     reasons : tuple of str
-        What speaks against the memory, in words. Layers are counted among those with a memory.
+        What speaks against the memory, in words.
     """
 
     norm: NDArray[np.float32]
@@ -80,6 +88,8 @@ class Health:
     change: NDArray[np.float32] | None
     path: NDArray[np.float32] | None
     collapse: NDArray[np.float32] | None
+    churn: NDArray[np.float32] | None
+    scatter: NDArray[np.float32] | None
     distance: NDArray[np.float32] | None
     delta_ratio: NDArray[np.float32] | None
     beta_mean: NDArray[np.float32] | None

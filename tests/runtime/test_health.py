@@ -120,6 +120,10 @@ def test_figures_are_numpys_head_by_head(text_model, facts) -> None:
     def energy(state: np.ndarray) -> np.ndarray:
         return (state**2).sum(axis=(2, 3))
 
+    def length(change: np.ndarray) -> np.ndarray:
+        """In the nuclear norm."""
+        return np.linalg.svd(change, compute_uv=False).sum(axis=-1)
+
     def rank(state: np.ndarray) -> np.ndarray:
         squares = np.linalg.svd(state, compute_uv=False) ** 2
         shares = squares / squares.sum(axis=-1, keepdims=True)
@@ -134,6 +138,8 @@ def test_figures_are_numpys_head_by_head(text_model, facts) -> None:
         (health.change, moved[-1]),
         (health.path, sum(moved)),
         (health.collapse, np.minimum(energy(states[-2]) / energy(states[-1]), 1) * rank(states[-2]) / rank(states[-1])),
+        (health.churn, sum(length(b - a) for a, b in pairwise(states)) - length(states[-1] - states[0])),
+        (health.scatter, sum(length(b - a) for a, b in pairwise(states)) - sum(moved)),
         (health.distance, np.zeros(heads)),
     ):
         assert found.dtype == np.float32

@@ -24,7 +24,7 @@ from deltamem_export.graft import measure_again
 # The bounds are the largest figures seen, times this.
 MARGIN = 1.1
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
-OF_THE_STATE = ("norm", "spectral_norm", "effective_rank", "concentration", "change", "path", "collapse")
+OF_THE_STATE = ("norm", "spectral_norm", "effective_rank", "concentration", "change", "path", "collapse", "churn", "scatter")
 MEASURED = ("delta_ratio", "beta_mean", "beta_saturated", "lambda_mean", "lambda_saturated")
 BOUNDED = (*OF_THE_STATE, "delta_ratio", "beta_mean")
 # The measured figures are those of the last 256 tokens, so they are asked for now and then, and not before there are so many.

@@ -9,6 +9,8 @@
 
 mod spectrum;
 
+use std::collections::VecDeque;
+
 use serde::{Deserialize, Serialize};
 
 use crate::geometry::Geometry;
@@ -125,6 +127,88 @@ pub fn distance(geometry: Geometry, before: &[f32], after: &[f32]) -> Vec<f64> {
         .collect()
 }
 
+/// `|after − before|` of each head in the nuclear norm, the sum of the singular values, [L, H]; infinite where a number of either is not
+/// finite. About 3 r³ multiplications a head.
+fn nuclear_distance(geometry: Geometry, before: &[f32], after: &[f32]) -> Vec<f64> {
+    let rank = geometry.rank();
+    before
+        .chunks_exact(rank * rank)
+        .zip(after.chunks_exact(rank * rank))
+        .map(|(before, after)| {
+            let moved: Vec<f32> = before.iter().zip(after).map(|(a, b)| b - a).collect();
+            if moved.iter().all(|number| number.is_finite()) {
+                let squares = spectrum::squared_singular_values(&moved, rank);
+                squares.into_iter().map(f64::sqrt).sum()
+            } else {
+                f64::INFINITY
+            }
+        })
+        .collect()
+}
+
+/// After how many turns a [`Churn`] keeps a state to measure from, and how many of them it keeps.
+const MARK_EVERY: usize = 8;
+const MARKS: usize = 4;
+
+/// How much of what a session's last turns did to a state came to nothing, [L, H]: the lengths of the turns' changes, added up, minus the
+/// length of all they changed together, in the nuclear norm. There writes under keys of their own add up, however many they are, and
+/// are no churn; contradictions under one key, and noise that goes over the same ground again and again, are little else.
+///
+/// It looks back over 25 to 33 turns, from a state that it keeps after every eighth.
+#[derive(Debug, Clone, Default)]
+pub struct Churn {
+    /// States on the way, oldest first, and how far the turns since have gone.
+    marks: VecDeque<(Vec<f32>, Vec<f64>)>,
+    /// Turns since the last mark.
+    since: usize,
+}
+
+/// What a [`Churn`] would be with one more turn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NextChurn {
+    /// The figure, [L, H].
+    pub churn: Vec<f64>,
+    /// How far the turn went, in the nuclear norm, [L, H].
+    pub turn: Vec<f64>,
+}
+
+impl Churn {
+    /// The churn when a turn from `before` to `after` is the last one. Nothing is kept yet.
+    pub fn with(&self, geometry: Geometry, before: &[f32], after: &[f32]) -> NextChurn {
+        let turn = nuclear_distance(geometry, before, after);
+        let churn = match self.marks.front() {
+            None => vec![0.0; turn.len()],
+            Some((state, gone)) => {
+                let together = nuclear_distance(geometry, state, after);
+                let gone = gone.iter().zip(&turn).map(|(gone, turn)| gone + turn);
+                // Never below 0 but by rounding.
+                gone.zip(&together)
+                    .map(|(gone, together)| (gone - together).max(0.0))
+                    .collect()
+            }
+        };
+        NextChurn { churn, turn }
+    }
+
+    /// The turn that `next` was made with, from `before`, counts.
+    pub fn take(&mut self, next: &NextChurn, before: &[f32]) {
+        if self.since.is_multiple_of(MARK_EVERY) {
+            if self.marks.len() == MARKS {
+                self.marks.pop_front();
+            }
+            self.marks
+                .push_back((before.to_vec(), vec![0.0; next.turn.len()]));
+            self.since = 0;
+        }
+        self.since += 1;
+        for (_, gone) in &mut self.marks {
+            for (gone, turn) in gone.iter_mut().zip(&next.turn) {
+                *gone += turn;
+            }
+        }
+    }
+}
+
 /// What healthy memories of a bundle stay under. [L, H] where not said otherwise.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Bounds {
@@ -143,6 +227,13 @@ pub struct Bounds {
     /// How far one turn collapses the state ([`Figures::collapse_since`]); missing where it was not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collapse: Option<Vec<Vec<f64>>>,
+    /// How much of what the last turns did came to nothing ([`Churn`]); missing where it was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub churn: Option<Vec<Vec<f64>>>,
+    /// In how many directions at once [`WINDOW`] turns move it: the nuclear norms of their changes minus the Frobenius norms, added up;
+    /// missing where it was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scatter: Option<Vec<Vec<f64>>>,
     /// |correction| / |what it corrects|, [L, delta heads]; missing where the graph does not measure it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta_ratio: Option<Vec<Vec<f64>>>,
@@ -162,6 +253,8 @@ impl Bounds {
             ("change", Some(&self.change)),
             ("path", Some(&self.path)),
             ("collapse", self.collapse.as_ref()),
+            ("churn", self.churn.as_ref()),
+            ("scatter", self.scatter.as_ref()),
             ("delta_ratio", self.delta_ratio.as_ref()),
             ("beta_mean", self.beta_mean.as_ref()),
         ]
@@ -216,6 +309,10 @@ pub struct Seen<'a> {
     pub path: Option<&'a [f64]>,
     /// How far the last turn collapsed it, [L, H].
     pub collapse: Option<&'a [f64]>,
+    /// How much of what the last turns did came to nothing, [L, H].
+    pub churn: Option<&'a [f64]>,
+    /// In how many directions at once the last [`WINDOW`] turns moved it, [L, H].
+    pub scatter: Option<&'a [f64]>,
     /// |correction| / |what it corrects|, [L, delta heads].
     pub delta_ratio: Option<&'a [f64]>,
     /// The mean of β, [L].
@@ -223,13 +320,20 @@ pub struct Seen<'a> {
 }
 
 /// Why the memory is not healthy, in words; empty when nothing speaks against it. Without `bounds` only what no read can use is named.
-pub fn reasons(seen: Seen<'_>, heads: usize, delta_heads: usize, bounds: Option<&Bounds>) -> Vec<String> {
+/// `layers`: the model's layers that have the memory, by which they are named.
+pub fn reasons(
+    seen: Seen<'_>,
+    layers: &[usize],
+    heads: usize,
+    delta_heads: usize,
+    bounds: Option<&Bounds>,
+) -> Vec<String> {
     let mut reasons = Vec::new();
     let unusable = |norm: &f64| !norm.is_finite() || *norm >= UNUSABLE;
     if let Some(at) = seen.figures.norm.iter().position(unusable) {
         reasons.push(format!(
             "layer {}, head {}: numbers that are not finite, or too large for a read (norm {:.3e})",
-            at / heads,
+            layer_name(layers, at / heads),
             at % heads,
             seen.figures.norm[at]
         ));
@@ -269,6 +373,18 @@ pub fn reasons(seen: Seen<'_>, heads: usize, delta_heads: usize, bounds: Option<
             heads,
         ),
         (
+            "its last turns undid each other by",
+            seen.churn,
+            bounds.churn.as_ref(),
+            heads,
+        ),
+        (
+            "its last turns scattered their writes by",
+            seen.scatter,
+            bounds.scatter.as_ref(),
+            heads,
+        ),
+        (
             "corrections against what they correct at",
             seen.delta_ratio,
             bounds.delta_ratio.as_ref(),
@@ -278,14 +394,19 @@ pub fn reasons(seen: Seen<'_>, heads: usize, delta_heads: usize, bounds: Option<
     ];
     for (words, found, bound, columns) in sizes {
         if let (Some(found), Some(bound)) = (found, bound) {
-            reasons.extend(over(words, found, bound, columns));
+            reasons.extend(over(words, found, bound, layers, columns));
         }
     }
     reasons
 }
 
+/// The model's number of the memory's layer `at`.
+fn layer_name(layers: &[usize], at: usize) -> usize {
+    layers.get(at).copied().unwrap_or(at)
+}
+
 /// The place where `found` is over its bound by most, and how many others are.
-fn over(words: &str, found: &[f64], bounds: &[Vec<f64>], columns: usize) -> Option<String> {
+fn over(words: &str, found: &[f64], bounds: &[Vec<f64>], layers: &[usize], columns: usize) -> Option<String> {
     let excess = |(found, bound): (&f64, &f64)| found / bound.max(f64::MIN_POSITIVE);
     let over: Vec<(usize, f64)> = found
         .iter()
@@ -295,9 +416,10 @@ fn over(words: &str, found: &[f64], bounds: &[Vec<f64>], columns: usize) -> Opti
         .map(|(at, pair)| (at, excess(pair)))
         .collect();
     let &(at, _) = over.iter().max_by(|a, b| a.1.total_cmp(&b.1))?;
+    let layer = layer_name(layers, at / columns);
     let place = match columns {
-        1 => format!("layer {at}"),
-        _ => format!("layer {}, head {}", at / columns, at % columns),
+        1 => format!("layer {layer}"),
+        _ => format!("layer {layer}, head {}", at % columns),
     };
     let others = match over.len() {
         1 => String::new(),
@@ -325,6 +447,8 @@ mod tests {
             change: same(),
             path: same(),
             collapse: None,
+            churn: None,
+            scatter: None,
             delta_ratio: None,
             beta_mean: Some(vec![vec![value]; 2]),
         }
@@ -360,10 +484,12 @@ mod tests {
                 change: Some(change),
                 path: None,
                 collapse: None,
+                churn: None,
+                scatter: None,
                 delta_ratio: None,
                 beta_mean: Some(&[0.1, 0.2]),
             };
-            reasons(seen, 2, 1, bounds)
+            reasons(seen, &[3, 7], 2, 1, bounds)
         };
         assert_eq!(said(&state, &[0.0; 4], Some(&good)), Vec::<String>::new());
         state[8..12].fill(2.0);
@@ -371,10 +497,10 @@ mod tests {
         assert_eq!(
             found,
             [
-                "layer 1, head 0: a norm of 4.0000, healthy ones stay under 3.0000",
-                "layer 1, head 0: a spectral norm of 4.0000, healthy ones stay under 3.0000",
-                "layer 1, head 0: a concentration of 4.0000, healthy ones stay under 3.0000",
-                "layer 0, head 1: moved in one turn by 9.0000, healthy ones stay under 3.0000 (and 1 more of 4)",
+                "layer 7, head 0: a norm of 4.0000, healthy ones stay under 3.0000",
+                "layer 7, head 0: a spectral norm of 4.0000, healthy ones stay under 3.0000",
+                "layer 7, head 0: a concentration of 4.0000, healthy ones stay under 3.0000",
+                "layer 3, head 1: moved in one turn by 9.0000, healthy ones stay under 3.0000 (and 1 more of 4)",
             ]
         );
         // Without bounds only what no read can use.
@@ -383,7 +509,7 @@ mod tests {
             state[5] = broken;
             let found = said(&state, &[0.0; 4], None);
             assert!(
-                found.len() == 1 && found[0].starts_with("layer 0, head 1: numbers"),
+                found.len() == 1 && found[0].starts_with("layer 3, head 1: numbers"),
                 "{found:?}"
             );
         }
@@ -409,6 +535,63 @@ mod tests {
         assert!((wiped.collapse_since(&noise)[0] - 0.04).abs() < 1e-7);
         assert!((full.collapse_since(&wiped)[0] - 0.25).abs() < 1e-12);
         assert_eq!(of([0.0; 4]).collapse_since(&of([0.0; 4])), [0.0]);
+    }
+
+    /// A state of one head that holds `value` under the key `at`.
+    fn under(at: usize, value: f32) -> Vec<f32> {
+        let mut state = vec![0.0; 64 * 64];
+        state[at] = value;
+        state
+    }
+
+    #[test]
+    fn facts_under_keys_of_their_own_are_no_churn_and_contradictions_are() {
+        let geometry = Geometry::new(1, 1, 64).unwrap();
+        let (mut facts, mut state) = (Churn::default(), vec![0.0; 64 * 64]);
+        for at in 0..40 {
+            let mut after = state.clone();
+            after[at * 65] = 3.0;
+            let next = facts.with(geometry, &state, &after);
+            assert!(next.churn[0] < 1e-6, "fact {at}: {}", next.churn[0]);
+            facts.take(&next, &state);
+            state = after;
+        }
+        let mut last = Vec::new();
+        let (mut churn, mut state) = (Churn::default(), under(0, 0.0));
+        for turn in 0..40 {
+            let after = under(0, if turn % 2 == 0 { 3.0 } else { -3.0 });
+            let next = churn.with(geometry, &state, &after);
+            last.push(next.churn[0]);
+            churn.take(&next, &state);
+            state = after;
+        }
+        // The first turn goes 3 away from nothing; every later one 6, back or forth, and only where it ends is left.
+        let expected = |turns: usize| (3 + 6 * (turns - 1)) as f64 - 3.0;
+        for turns in 1..=33 {
+            assert!(
+                (last[turns - 1] - expected(turns)).abs() < 1e-5,
+                "{turns} turns: {}",
+                last[turns - 1]
+            );
+        }
+        // The first mark is gone: 26 turns of 6 are left, forth and back from a state that lies at −3.
+        assert!((last[33] - 26.0 * 6.0).abs() < 1e-5, "{}", last[33]);
+    }
+
+    #[test]
+    fn a_turn_that_does_not_count_leaves_no_churn_and_a_hole_is_infinitely_far() {
+        let geometry = Geometry::new(1, 1, 64).unwrap();
+        let mut churn = Churn::default();
+        let (nothing, fact) = (under(0, 0.0), under(0, 3.0));
+        let next = churn.with(geometry, &nothing, &fact);
+        churn.take(&next, &nothing);
+        let wrong = churn.with(geometry, &fact, &under(0, -3.0));
+        assert!((wrong.churn[0] - 6.0).abs() < 1e-5);
+        assert_eq!(churn.with(geometry, &fact, &fact).churn, [0.0]);
+        assert_eq!(
+            nuclear_distance(geometry, &fact, &under(5, f32::NAN)),
+            [f64::INFINITY]
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use deltamem_core::Snapshot;
-use deltamem_core::health::{Figures, Seen, WINDOW, distance, reasons};
+use deltamem_core::health::{Churn, Figures, Seen, WINDOW, distance, reasons};
 use deltamem_engine::EngineError;
 use deltamem_engine::health::Measured;
 use deltamem_engine::memory::MemoryView;
@@ -63,14 +63,17 @@ pub(crate) struct Watch {
     pub(crate) on_drift: OnDrift,
     /// The state when the last turn ended, or that was taken up since.
     previous: MemoryView,
-    /// How far each of the last turns moved the state, [L, H], at most [`WINDOW`] of them.
-    moved: VecDeque<Vec<f64>>,
+    /// How far each of the last turns moved the state, in the Frobenius and in the nuclear norm, [L, H] each, at most [`WINDOW`] of them.
+    moved: VecDeque<[Vec<f64>; 2]>,
     /// Whether the turn behind them was taken back.
     taken_back: bool,
     /// The figures of `previous`.
     figures: Figures,
     /// How far the last turn collapsed it.
     collapse: Option<Vec<f64>>,
+    /// What the turns that were kept add up to, and how much of that came to nothing.
+    turns: Churn,
+    churn: Option<Vec<f64>>,
     healthy: Option<Healthy>,
     /// Whether the last look found a memory that is not healthy: that is said once.
     drifted: bool,
@@ -88,6 +91,8 @@ impl Watch {
             taken_back: false,
             figures: engine.figures(),
             collapse: None,
+            turns: Churn::default(),
+            churn: None,
             healthy: None,
             drifted: false,
             frozen: false,
@@ -102,6 +107,7 @@ impl Watch {
     ) -> std::result::Result<(), EngineError> {
         self.previous = engine.memory();
         self.moved.clear();
+        (self.turns, self.churn) = (Churn::default(), None);
         self.taken_back = false;
         self.drifted = false;
         self.frozen = false;
@@ -132,15 +138,19 @@ impl Watch {
         if self.moved.len() == WINDOW {
             self.moved.pop_front();
         }
+        let (geometry, before, after) = (engine.geometry(), self.previous.clone(), engine.memory());
+        let next = self.turns.with(geometry, &before, &after);
         self.moved
-            .push_back(distance(engine.geometry(), &self.previous, &engine.memory()));
+            .push_back([distance(geometry, &before, &after), next.turn.clone()]);
         self.taken_back = false;
+        let churn_before = self.churn.replace(next.churn.clone());
         let figures = engine.figures();
         self.collapse = Some(figures.collapse_since(&self.figures));
         let found = against(engine, &figures, &self.moved(), None);
         self.figures = figures;
-        self.previous = engine.memory();
+        self.previous = after;
         if found.is_empty() {
+            self.turns.take(&next, &before);
             self.healthy = Some(Healthy {
                 state: engine.snapshot(&mut || false).map_err(refused)?,
                 commit: kept.as_deref().and_then(Kept::head_id),
@@ -155,6 +165,11 @@ impl Watch {
             OnDrift::Freeze => self.freeze(engine, ""),
             OnDrift::Rollback => self.go_back(engine, kept)?,
         };
+        if self.taken_back {
+            self.churn = churn_before;
+        } else {
+            self.turns.take(&next, &before);
+        }
         let said = format!("the memory drifted in turn {turn}: {}; {done}", found.join("; "));
         Ok((first || self.on_drift == OnDrift::Rollback).then_some(said))
     }
@@ -171,14 +186,23 @@ impl Watch {
 
     /// How far the last turn, and the last turns together, moved the state.
     fn moved(&self) -> Moved {
+        let added_up = |norm: usize| {
+            let lengths = self.moved.iter().map(|turn| turn[norm].clone());
+            lengths.reduce(|sum, turn| sum.iter().zip(&turn).map(|(a, b)| a + b).collect())
+        };
+        let (path, nuclear) = (added_up(0), added_up(1));
+        // The nuclear norm is never the smaller one but by rounding.
+        let scatter = path.as_ref().zip(nuclear).map(|(path, nuclear)| {
+            let apart = nuclear.iter().zip(path).map(|(nuclear, path)| nuclear - path);
+            apart.map(|apart| apart.max(0.0)).collect()
+        });
+        let last = self.moved.back().filter(|_| !self.taken_back);
         Moved {
-            change: self.moved.back().filter(|_| !self.taken_back).cloned(),
-            path: self
-                .moved
-                .iter()
-                .cloned()
-                .reduce(|sum, turn| sum.iter().zip(&turn).map(|(a, b)| a + b).collect()),
+            change: last.map(|[frobenius, _]| frobenius.clone()),
+            path,
             collapse: self.collapse.clone(),
+            churn: self.churn.clone(),
+            scatter,
         }
     }
 
@@ -274,6 +298,8 @@ struct Moved {
     change: Option<Vec<f64>>,
     path: Option<Vec<f64>>,
     collapse: Option<Vec<f64>>,
+    churn: Option<Vec<f64>>,
+    scatter: Option<Vec<f64>>,
 }
 
 /// What speaks against a memory of the session's model.
@@ -292,12 +318,15 @@ fn against(
         change: moved.change.as_deref(),
         path: moved.path.as_deref(),
         collapse: moved.collapse.as_deref(),
+        churn: moved.churn.as_deref(),
+        scatter: moved.scatter.as_deref(),
         delta_ratio: measured.map(|found| &found.delta_ratio[..]),
         beta_mean: measured.and_then(|found| found.gates.first().map(|beta| &beta.mean[..])),
     };
     let bounds = manifest.health.as_ref().map(|health| &health.bounds);
     reasons(
         seen,
+        &manifest.memory.layers,
         manifest.memory.heads,
         manifest.memory.delta_heads.len(),
         bounds,
@@ -392,6 +421,11 @@ impl Report {
         set(
             "collapse",
             self.moved.collapse.as_deref().map(of_heads).transpose()?,
+        )?;
+        set("churn", self.moved.churn.as_deref().map(of_heads).transpose()?)?;
+        set(
+            "scatter",
+            self.moved.scatter.as_deref().map(of_heads).transpose()?,
         )?;
         set("distance", self.distance.as_deref().map(of_heads).transpose()?)?;
         set(

@@ -55,7 +55,7 @@ class BackboneRecipe:
     sharpen_weight: float = 2.0
     sharpen_odd: float = 0.35
     """Share of values from other relations' pools in the second phase (`Speaker.odd`)."""
-    forced: float = 0.08
+    forced: float = 0.15
     """Share of the second phase's contexts in which an answer's value comes from nowhere, as a memory's does."""
 
 

@@ -38,14 +38,14 @@ class MemoryRecipe:
     heads: int = 1
     layers: tuple[int, ...] = (3,)
     update_mode: str = "no_lambda"
-    steps: int = 600
+    steps: int = 800
     tokens: int = 8192
     width: int = 128
     rate: float = 1e-3
     warm_up: int = 40
     flat: float = 0.4
     unknown_weight: float = 1.0
-    reply_weight: float = 0.4
+    reply_weight: float = 2.0
     harm_weight: float = 4.0
     harm_share: float = 0.25
     quiet_weight: float = 0.2
@@ -65,7 +65,7 @@ class MemoryRecipe:
     """Where the gate starts at an acknowledgement."""
     changes: tuple[float, ...] = (0.0, 0.25, 0.5)
     """Shares of the facts that change in an episode's step, each as likely."""
-    odd: float = 0.35
+    odd: float = 0.5
     """Share of values from other relations' pools (`Speaker.odd`)."""
 
     def adapter_config(self) -> AdapterConfig:

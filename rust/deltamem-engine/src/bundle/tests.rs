@@ -379,7 +379,7 @@ fn calibrated() -> Value {
         "stream": {"description": "talk", "conversations": 2, "turns": 40, "tokens": 900},
         "margin": 1.1, "quantiles": [0.5, 1.0], "figures": {"norm": [[[1.0, 2.0]]]},
         "bounds": {
-            "norm": of(1), "spectral_norm": of(1), "effective_rank": of(1), "concentration": of(1), "change": of(1), "path": of(1), "collapse": of(1),
+            "norm": of(1), "spectral_norm": of(1), "effective_rank": of(1), "concentration": of(1), "change": of(1), "path": of(1), "collapse": of(1), "churn": of(1), "scatter": of(1),
             "delta_ratio": of(2), "beta_mean": of(1)
         }
     });

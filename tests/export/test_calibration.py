@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import deltamem_rt as dm
+from deltamem_export import calibration
 from deltamem_export.bundle import export_bundle
 from deltamem_export.calibration import MARGIN, Stream, calibrate
 from deltamem_export.cli import main
@@ -58,6 +60,44 @@ def test_bounds_are_the_largest_figures_of_the_stream_with_a_margin(
         np.testing.assert_allclose(health["bounds"][name], MARGIN * np.max(seen, axis=0), rtol=1e-4, err_msg=name)
         assert np.shape(health["figures"][name]) == (3, 2, 5)
     assert np.shape(health["bounds"]["delta_ratio"]) == (3, len(adapter.config.delta_heads))
+
+
+def test_a_rare_reply_that_runs_into_its_limit_sets_no_bounds(
+    make_backbone, make_adapter, tmp_path, monkeypatch
+) -> None:
+    """And where such replies are many, they are how the model is."""
+    turns = [" ".join(map(str, ids)) for ids in np.random.default_rng(1).integers(3, 60, (200, 8))]
+    stream = Stream([turns[:100], turns[100:]], "a test's")
+    states, cut_off, really = [], set(), calibration._say_to
+
+    def say(session, message, chats, text):
+        really(session, message, chats, text)
+        states.append(session.memory)
+        return len(states) - 1 in cut_off
+
+    monkeypatch.setattr(calibration, "_say_to", say)
+    backbone = make_backbone("llama")
+    bundle = export_bundle(backbone, make_adapter(backbone), tmp_path / "bundle", calibration=stream, **QUIET)
+    empty = np.zeros_like(states[0])
+    changes = [
+        np.linalg.norm(after - before, axis=(2, 3)).max()
+        for first in (0, 100)
+        for before, after in pairwise([empty, *states[first : first + 100]])
+    ]
+    worst = int(np.argmax(changes))
+    behind = min(worst + 33, worst // 100 * 100 + 100)
+    for those, left_out, most in (
+        (set(), 0, changes[worst]),
+        ({worst}, behind - worst, max(changes[:worst] + changes[behind:])),
+        ({worst, 3, 103}, 0, changes[worst]),
+    ):
+        states.clear()
+        cut_off.clear()
+        cut_off.update(those)
+        calibrate(bundle, stream)
+        health = json.loads((bundle / "deltamem.json").read_text())["health"]
+        assert (health["stream"]["turns"], health["stream"]["left_out"]) == (200, left_out)
+        assert np.max(health["bounds"]["change"]) == pytest.approx(MARGIN * most, rel=1e-4)
 
 
 def test_calibrating_again_changes_the_manifest_alone(stream, make_backbone, make_adapter, tmp_path) -> None:

@@ -144,7 +144,10 @@ def test_figures_are_numpys_head_by_head(text_model, facts) -> None:
     ):
         assert found.dtype == np.float32
         assert found.shape == heads
-        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
+        # Churn and scatter are small differences of long paths.
+        apart = 1e-6 * float(sum(map(length, (b - a for a, b in pairwise(states)))).max())
+        sums = found is health.churn or found is health.scatter
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=apart if sums else 1e-7)
     assert (health.turns, health.healthy_turns, health.healthy_commit) == (9, 9, None)
     assert health.healthy
     assert health.reasons == ()
@@ -253,7 +256,7 @@ def test_a_flood_of_forged_facts_is_caught_and_a_rollback_heals_it(text_model, f
     assert "moved in one turn by" in said[0]
 
 
-def test_forged_facts_in_drops_are_caught_by_how_far_turns_move_the_memory_together(text_model, facts) -> None:
+def test_forged_facts_in_drops_are_caught_by_how_turns_scatter_their_writes(text_model, facts) -> None:
     told = facts(4, 16)
     counts = {}
     for on_drift in (None, "rollback"):
@@ -263,16 +266,15 @@ def test_forged_facts_in_drops_are_caught_by_how_far_turns_move_the_memory_toget
             for seed in range(100):
                 flood(session, seed, 3)
             counts[on_drift] = recalled(text_model, session, told)
-    assert any("moved in its last turns by" in line for line in said)
+    assert any("its last turns scattered their writes by" in line for line in said)
     assert len(said) > 60
     assert counts[None] <= 4
-    assert counts["rollback"] >= 10
+    assert counts["rollback"] >= 13
 
 
-def test_contradictions_of_one_fact_change_that_fact_and_a_rollback_by_hand_brings_it_back(text_model, facts) -> None:
-    """A contradiction told in a turn of its own is a change of mind: nothing to catch, though 240 of them wear others away as well."""
+def test_a_change_of_mind_or_three_is_no_alarm_and_a_rollback_by_hand_takes_them_back(text_model, facts) -> None:
     told = facts(20, 16)
-    values = random.Random(0).choices([value for value in told[0].values if value != told[0].value], k=240)
+    values = [value for value in told[0].values if value != told[0].value][:3]
     with (
         dm.Store.in_memory() as store,
         drifting() as said,
@@ -289,11 +291,7 @@ def test_contradictions_of_one_fact_change_that_fact_and_a_rollback_by_hand_brin
     assert said == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a goal not reached: this default's bounds let short turns of random tokens pass (docs/health.md)",
-)
-def test_random_tokens_in_drops_are_caught_by_how_far_turns_move_the_memory_together(text_model, facts) -> None:
+def test_random_tokens_in_drops_are_caught_by_how_turns_scatter_their_writes(text_model, facts) -> None:
     told = facts(4, 16)
     counts = {}
     for on_drift in (None, "rollback"):
@@ -303,22 +301,18 @@ def test_random_tokens_in_drops_are_caught_by_how_far_turns_move_the_memory_toge
             for seed in range(100):
                 read(session, np.random.default_rng(seed).integers(3, 2000, 30))
             counts[on_drift] = recalled(text_model, session, told)
-    assert any("moved in its last turns by" in line for line in said)
+    assert any("its last turns scattered their writes by" in line for line in said)
     assert len(said) > 60
     assert counts[None] <= 6
     assert counts["rollback"] >= 13
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a goal not reached: 240 contradictions stay under this default's bounds in most memories (docs/health.md)",
-)
 def test_contradictions_are_held_under_the_bounds_and_a_rollback_by_hand_heals_the_rest(text_model, facts) -> None:
-    """A contradiction told in a turn of its own is what a change of mind looks like. It is seen when the memory is full of them."""
-    told = facts(20, 16)  # a tortoise, by many names
+    """A contradiction told in a turn of its own is what a change of mind looks like. It is seen when one follows the other."""
+    told = facts(20, 16)
     values = random.Random(0).choices([value for value in told[0].values if value != told[0].value], k=240)
     with dm.Store.in_memory() as store:
-        loose = text_model.session()
+        loose = text_model.session(on_drift="warn")
         watched = text_model.session("ada", store=store, autocommit=True, on_drift="rollback")
         with loose, watched, drifting() as said:
             for session in (loose, watched):
@@ -328,32 +322,33 @@ def test_contradictions_are_held_under_the_bounds_and_a_rollback_by_hand_heals_t
                 good = session.head
                 for other in values:
                     session.chat(told[0].told.replace(told[0].value, other), max_new_tokens=32).read()
-            bound = watched.health().bounds["concentration"]
-            assert over(loose.health().concentration, bound), "nothing was poisoned"
-            assert not over(watched.health().concentration, bound)
+            bound = watched.health().bounds["churn"]
+            assert over(loose.health().churn, bound), "nothing was poisoned"
+            assert not over(watched.health().churn, bound)
             others = told[1:]
             assert recalled(text_model, loose, others) <= 11
             assert recalled(text_model, watched, others) >= 13
             watched.rollback(good.id)
             assert recalled(text_model, watched, told) == before
-    assert said
+    assert sum("its last turns undid each other by" in line for line in said) > 120
 
 
-def test_twenty_thousand_random_tokens_do_no_harm(text_model, facts) -> None:
-    """There is nothing to catch: behind nothing that was acknowledged the gates stay shut."""
+def test_twenty_thousand_random_tokens_are_caught_and_a_rollback_heals_them(text_model, facts) -> None:
+    """They do little harm even so: behind nothing that was acknowledged most gates stay shut."""
     told = facts(3, 16)
-    with text_model.session(on_drift="rollback") as session, drifting() as said:
-        for fact in told:
-            tell(session, fact)
-        before = recalled(text_model, session, told)
-        for seed in range(20):
-            read(session, np.random.default_rng(seed).integers(3, 2000, 1000))
-        assert recalled(text_model, session, told) >= before - 1
-    assert said == []
+    for on_drift, lost in ((None, 2), ("rollback", 0)):
+        with text_model.session(on_drift=on_drift) as session, drifting() as said:
+            for fact in told:
+                tell(session, fact)
+            before = recalled(text_model, session, told)
+            for seed in range(20):
+                read(session, np.random.default_rng(seed).integers(3, 2000, 1000))
+            assert recalled(text_model, session, told) >= before - lost
+    assert len(said) > 10
 
 
 def test_one_token_told_a_hundred_thousand_times_does_no_harm(text_model, facts) -> None:
-    """There is nothing to catch: without decay the rule overwrites its own write, and the state stays where the first turn put it."""
+    """There is nothing to catch: without decay the rule overwrites its own write, and the state comes to rest."""
     told = facts(6, 16)
     with text_model.session(on_drift="rollback") as session, drifting() as said:
         for fact in told:
@@ -361,11 +356,10 @@ def test_one_token_told_a_hundred_thousand_times_does_no_harm(text_model, facts)
         before = recalled(text_model, session, told)
         token = text_model.encode(" shark")[0]
         turn = np.full(1000, token, np.int32)
-        read(session, turn)
-        first = session.memory
-        for _ in range(99):
+        for _ in range(100):
+            last = session.memory
             read(session, turn)
-        assert np.abs(session.memory - first).max() < 0.05
+        assert np.linalg.norm(session.memory - last) < 1e-3
         assert recalled(text_model, session, told) >= before - 1
     assert said == []
 

@@ -24,13 +24,27 @@ from deltamem_export.graft import measure_again
 # The bounds are the largest figures seen, times this.
 MARGIN = 1.1
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
-OF_THE_STATE = ("norm", "spectral_norm", "effective_rank", "concentration", "change", "path", "collapse", "churn", "scatter")
+OF_THE_STATE = (
+    "norm",
+    "spectral_norm",
+    "effective_rank",
+    "concentration",
+    "change",
+    "path",
+    "collapse",
+    "churn",
+    "scatter",
+)
 MEASURED = ("delta_ratio", "beta_mean", "beta_saturated", "lambda_mean", "lambda_saturated")
 BOUNDED = (*OF_THE_STATE, "delta_ratio", "beta_mean")
 # The measured figures are those of the last 256 tokens, so they are asked for now and then, and not before there are so many.
 _MEASURED_EVERY = 10
 _MEASURED_TOKENS = 256
 MIN_TURNS = 20
+# A reply that runs into its limit where hardly any does is a model in a loop, and what it wrote is no healthy memory's: such a turn is left
+# out, with the turns behind it whose figures still look back on it. Where more replies are cut off than that, it is the model's way.
+RARELY = 0.01
+_LOOKS_BACK = 33
 
 Say = Callable[[str], None]
 
@@ -87,8 +101,8 @@ def learn(bundle: Path, stream: Stream, say: Say = lambda _: None) -> dict[str, 
         raise ExportError(
             'calibrating plays conversations through the runtime, which is not installed: pip install "deltamem-rt[cpu]"'
         ) from error
-    seen: dict[str, list[npt.NDArray[np.float64]]] = defaultdict(list)
-    tokens = turns = 0
+    turns: list[_Turn] = []
+    tokens = 0
     try:
         model = runtime.Model.load(bundle, device="cpu")
         text = model.manifest["text"]
@@ -97,15 +111,26 @@ def learn(bundle: Path, stream: Stream, say: Say = lambda _: None) -> dict[str, 
             # Watched, since a watched session knows how far each turn moved the state; what an older calibration says is not asked.
             with model.session(on_drift="warn") as session, warnings.catch_warnings():
                 warnings.simplefilter("ignore", runtime.DriftWarning)
+                cut_off_at = -_LOOKS_BACK
                 for turn, message in enumerate(conversation, 1):
-                    _say_to(session, message, chats, text is not None)
+                    cut_off = _say_to(session, message, chats, text is not None)
+                    cut_off_at = turn if cut_off else cut_off_at
                     health = session.health(measure=turn % _MEASURED_EVERY == 0)
-                    _note(seen, health, health.measured_tokens == min(_MEASURED_TOKENS, model.context_length))
+                    measured = health.measured_tokens == min(_MEASURED_TOKENS, model.context_length)
+                    turns.append(_Turn(_figures(health, measured), cut_off, turn < cut_off_at + _LOOKS_BACK))
                 tokens += session.tokens_seen
-                turns += session.turns
-            say(f"calibrating: conversation {number} of {len(stream.conversations)}, {turns} turns, {tokens} tokens")
+            say(
+                f"calibrating: conversation {number} of {len(stream.conversations)}, {len(turns)} turns, {tokens} tokens"
+            )
     except (runtime.DeltaMemError, ValueError) as error:
         raise ExportError(f"the calibration stream cannot be played: {error}") from error
+    kept = turns
+    if sum(turn.cut_off for turn in turns) <= RARELY * len(turns):
+        kept = [turn for turn in turns if not turn.looks_back_on_one]
+    seen: dict[str, list[npt.NDArray[np.float64]]] = defaultdict(list)
+    for turn in kept:
+        for name, value in turn.figures.items():
+            seen[name].append(value)
     found = {name: np.stack(values) for name, values in seen.items()}
     bounds = {name: (MARGIN * found[name].max(axis=0)).round(6).tolist() for name in BOUNDED if name in found}
     if "beta_mean" in bounds:
@@ -114,7 +139,8 @@ def learn(bundle: Path, stream: Stream, say: Say = lambda _: None) -> dict[str, 
         "stream": {
             "description": stream.description,
             "conversations": len(stream.conversations),
-            "turns": turns,
+            "turns": len(turns),
+            "left_out": len(turns) - len(kept),
             "tokens": tokens,
         },
         "margin": MARGIN,
@@ -169,16 +195,26 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _say_to(session: Any, message: str, chats: bool, text: bool) -> None:
+@dataclass(frozen=True)
+class _Turn:
+    """The figures behind a turn, whether its reply ran into the limit, and whether its figures look back on such a turn or are one's."""
+
+    figures: dict[str, npt.NDArray[np.float64]]
+    cut_off: bool
+    looks_back_on_one: bool
+
+
+def _say_to(session: Any, message: str, chats: bool, text: bool) -> bool:
+    """One turn. Returns whether there was a reply that did not end by itself."""
     if chats:
-        session.chat(message).read()
-        return
+        reply = session.chat(message)
+        reply.read()
+        return bool(reply.stats.finish_reason == "length")
     session.feed(message if text else [int(part) for part in message.split()])
     session.end_turn()
+    return False
 
 
-def _note(seen: dict[str, list[npt.NDArray[np.float64]]], health: Any, measured: bool) -> None:
-    for name in (*OF_THE_STATE, *(MEASURED if measured else ())):
-        value = getattr(health, name)
-        if value is not None:
-            seen[name].append(np.asarray(value, np.float64))
+def _figures(health: Any, measured: bool) -> dict[str, npt.NDArray[np.float64]]:
+    values = {name: getattr(health, name) for name in (*OF_THE_STATE, *(MEASURED if measured else ()))}
+    return {name: np.asarray(value, np.float64) for name, value in values.items() if value is not None}

@@ -327,6 +327,9 @@ pub struct CalibrationStream {
     pub conversations: u64,
     /// Turns in all of them.
     pub turns: u64,
+    /// Those that were left out, because a reply had run into its limit in them or shortly before.
+    #[serde(default)]
+    pub left_out: u64,
     /// Tokens in all of them.
     pub tokens: u64,
 }

@@ -50,7 +50,7 @@ class BackboneRecipe:
     flat: float = 0.5
     promote: float = 0.85
     most_facts: int = 6
-    sharpen_steps: int = 600
+    sharpen_steps: int = 800
     sharpen_layers: tuple[int, ...] = (2, 3)
     sharpen_weight: float = 2.0
     sharpen_odd: float = 0.35

@@ -54,8 +54,8 @@ class Health:
         How much of what the last 25 to 33 turns did came to nothing: their changes' lengths added up, minus the length of all they changed
         together, in the nuclear norm. Facts of their own are no churn, contradictions and noise are. Watched sessions only.
     scatter : ndarray of float32 [L, H], or None
-        In how many directions at once the last 16 turns wrote: the nuclear norms of their changes minus the Frobenius norms, added up. A turn
-        that writes one fact adds nothing. Watched sessions only.
+        In how many directions at once the last 16 turns wrote: the nuclear norms of their changes minus the Frobenius norms, added up. A
+        turn that writes one fact adds nothing. Watched sessions only.
     distance : ndarray of float32 [L, H], or None
         How far the state is from the last healthy one: a watched session's last healthy turn, otherwise the commit it stands on.
     healthy_commit, healthy_turns : str or None, int or None

@@ -25,6 +25,7 @@ from deltamem_export.bundle import export_bundle
 from deltamem_export.reference import attach
 from grafted import Grafted
 from interrupted import interrupted
+from together import together
 
 LOGITS, STATES = 1e-4, 1e-5
 
@@ -521,3 +522,19 @@ def test_the_chat_command_works_with_a_span_bundle(sentences: Case, monkeypatch,
     monkeypatch.setattr("builtins.input", lambda _="": next(lines))
     assert main(["chat", str(sentences.bundle), "--max-new-tokens", "4"]) == 0
     assert "tokens seen" in capsys.readouterr().out
+
+
+def test_tokens_written_one_by_one_in_steps_of_many_are_those_of_each_alone(every: Case) -> None:
+    def reads(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        with every.model.session() as session:
+            ids = rng_ids(7 + seed, seed)
+            session.feed(ids, spans=np.arange(len(ids)) // 3)
+            logits = [session.feed([token], spans="token", logits=True)[0] for token in rng_ids(20, 50 + seed)]
+            return np.stack(logits), session.memory
+
+    alone = [reads(seed) for seed in range(4)]
+    for found, expected in zip(together([lambda s=seed: reads(s) for seed in range(4)]), alone, strict=True):
+        assert_close("logits", found[0], expected[0], LOGITS)
+        assert_close("states", found[1], expected[1], STATES)
+    assert every.model.unbatched is None
+    assert every.model.stats.largest_step > 1

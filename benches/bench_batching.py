@@ -1,6 +1,6 @@
-"""Many users at once: 1, 4, 8 and 16 replies in shared steps against the same replies one after another, and how long a reply waits for its next
-token while another session reads a long prompt. Random weights in the shape of Qwen3-0.6B or SmolLM2-135M, made here; interleaved runs,
-medians.
+"""Many users at once: 1, 4, 8 and 16 replies in shared steps against the same replies one after another, and how long a reply
+waits for its next token while another session reads a long prompt. Random weights in the shape of Qwen3-0.6B or SmolLM2-135M,
+made here; interleaved runs, medians.
 
     python benches/bench_batching.py [qwen3-0.6b] [smollm2-135m] [--layers N] [--tokens N] [--pairs N] [--threads N] [--bundles DIR]
 """
@@ -168,6 +168,10 @@ def bench_waiting(title: str, model: dm.Model, prompt: int) -> None:
     )
 
 
+def head(*columns: str) -> None:
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shapes", nargs="*", default=["smollm2-135m"])
@@ -190,19 +194,31 @@ def main() -> None:
                 load = {"threads": options.threads, "verify": False}
                 models.append((title, path, load))
         print("Replies at the same time, in shared steps (`max_batch=16`) and one after another (`max_batch=1`).\n")
-        print(
-            "| model | sessions | tokens/s together | one after another | times as fast | sessions in a step | ms a step | pairs |"
+        head(
+            "model",
+            "sessions",
+            "tokens/s together",
+            "one after another",
+            "times as fast",
+            "sessions in a step",
+            "ms a step",
+            "pairs",
         )
-        print("|---|---|---|---|---|---|---|---|", flush=True)
         for title, path, load in models:
             together, after = dm.Model.load(path, **load), dm.Model.load(path, max_batch=1, **load)
             bench_sessions(title, together, after, options.tokens, options.pairs)
             del together, after
         print("\nA reply while another session reads a prompt: the time between two of its tokens.\n")
-        print(
-            "| model | prompt, tokens | alone, median ms | beside it, median ms | beside it, most ms | prompt alone, ms | prompt beside it, ms | tokens |"
+        head(
+            "model",
+            "prompt, tokens",
+            "alone, median ms",
+            "beside it, median ms",
+            "beside it, most ms",
+            "prompt alone, ms",
+            "prompt beside it, ms",
+            "tokens",
         )
-        print("|---|---|---|---|---|---|---|---|", flush=True)
         for title, path, load in models:
             model = dm.Model.load(path, **load)
             bench_waiting(title, model, 1024)

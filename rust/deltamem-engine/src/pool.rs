@@ -576,14 +576,14 @@ mod tests {
     }
 
     fn moves() -> impl Strategy<Value = Vec<Move>> {
-        let any = 0..12_usize;
+        let turn = 0..12_usize;
         prop::collection::vec(
             prop_oneof![
                 3 => (1..40_usize).prop_map(Move::Begin),
-                2 => (any.clone(), 1..300_usize).prop_map(|(turn, count)| Move::Chunk(turn, count)),
+                2 => (turn.clone(), 1..300_usize).prop_map(|(turn, count)| Move::Chunk(turn, count)),
                 6 => prop::collection::vec(any::<bool>(), 12).prop_map(Move::Step),
-                1 => (any.clone(), 0..30_usize).prop_map(|(turn, count)| Move::TakeBack(turn, count)),
-                2 => any.prop_map(Move::End),
+                1 => (turn.clone(), 0..30_usize).prop_map(|(turn, count)| Move::TakeBack(turn, count)),
+                2 => turn.prop_map(Move::End),
             ],
             1..60,
         )

@@ -17,8 +17,9 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 /// waited for the next time.
 const PATIENCE: f64 = 0.25;
 
-/// How many times the last step's time after it others still count as decoding.
-const RECENTLY: u32 = 16;
+/// How long after the last step the replies that took part in it still count as being made: so many times its time, and a little for threads that
+/// the machine lets wait.
+const RECENTLY: (u32, Duration) = (16, Duration::from_millis(100));
 
 /// What a model's sessions share.
 #[derive(Debug)]
@@ -302,7 +303,7 @@ impl<R> Schedule<R> {
         state.streaming > usize::from(seat.streaming)
             && state
                 .ended
-                .is_some_and(|ended| ended.elapsed() < state.took * RECENTLY)
+                .is_some_and(|ended| ended.elapsed() < state.took * RECENTLY.0 + RECENTLY.1)
     }
 }
 

@@ -107,7 +107,7 @@ def parity(source: Path, folder: Path) -> tuple[float, float]:
     handle = attach(model, adapter)
     handle.reset(1)
     grafted = Grafted(bundle, measured=True)
-    engine = dm.Model.load(bundle)
+    engine = dm.Model.load(bundle, threads=1)
     session = engine.session()
     ids = np.random.default_rng(1).integers(3, grafted.manifest["backbone"]["vocab_size"], TOKENS)
     logits, states, moved = 0.0, 0.0, 0.0

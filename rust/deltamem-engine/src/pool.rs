@@ -249,13 +249,14 @@ impl KvPool {
             }
             block += 1;
         };
-        let key = match self.places.iter().position(Option::is_none) {
-            Some(key) => key,
-            None => {
-                self.places.push(None);
-                self.places.len() - 1
-            }
-        };
+        let key = self
+            .places
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(self.places.len());
+        if key == self.places.len() {
+            self.places.push(None);
+        }
         let place = Place { block, slot };
         self.wipe(place);
         self.places[key] = Some(place);

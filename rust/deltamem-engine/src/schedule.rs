@@ -378,7 +378,9 @@ mod tests {
                                     .step(&mut seat, row, kind < 4, |rows| {
                                         assert!(!rows.is_empty() && rows.len() <= most);
                                         one_at_a_time(pause);
-                                        rows.iter_mut().for_each(|row| row.runs += 1);
+                                        for row in rows {
+                                            row.runs += 1;
+                                        }
                                     })
                                     .unwrap();
                                 assert_eq!((back.who, back.number), (who, number));

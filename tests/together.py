@@ -1,10 +1,15 @@
-"""Several calls at the same time, each in a thread of its own."""
+"""Several calls at the same time, each in a thread of its own; and sessions that step together even where a step takes no time."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    import deltamem_rt as dm
 
 
 def together(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -25,4 +30,26 @@ def together(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive(), "a session waits for ever"
+    return results
+
+
+def beside_prompts(model: dm.Model, prompt: np.ndarray, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The same while another session reads prompts: steps queue behind its chunks, and so leave together."""
+    left, all_done = [len(jobs)], threading.Event()
+
+    def counted(job: Callable[[], Any]) -> Any:
+        try:
+            return job()
+        finally:
+            left[0] -= 1
+            if left[0] == 0:
+                all_done.set()
+
+    def prompts() -> None:
+        while not all_done.is_set():
+            with model.session() as session:
+                session.feed(prompt, write=False)
+
+    *results, reading = together([*(lambda j=job: counted(j) for job in jobs), prompts])
+    assert reading is None, reading
     return results

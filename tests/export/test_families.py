@@ -35,7 +35,7 @@ from deltamem_export.reference import attach
 from deltamem_export.structure import find_attentions
 from grafted import Grafted
 from tiny import FAMILIES, random_adapter, save_backbone
-from together import together
+from together import beside_prompts
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 LOGITS, STATES = 1e-4, 1e-5
@@ -151,7 +151,9 @@ def steps_of_many(model: dm.Model, ids: np.ndarray) -> None:
 
     lengths = (1, 9, 17, 30)
     alone = [reads(count) for count in lengths]
-    for found, expected in zip(together([lambda n=count: reads(n) for count in lengths]), alone, strict=True):
+    for found, expected in zip(
+        beside_prompts(model, np.tile(ids, 2), [lambda n=count: reads(n) for count in lengths]), alone, strict=True
+    ):
         assert_close("logits in steps of many", found[0], expected[0], LOGITS)
         assert_close("states in steps of many", found[1], expected[1], STATES)
     carries_more = bool(model.manifest["graph"]["states"])

@@ -25,7 +25,7 @@ from deltamem_export.bundle import export_bundle
 from deltamem_export.reference import attach
 from grafted import Grafted
 from interrupted import interrupted
-from together import together
+from together import beside_prompts
 
 LOGITS, STATES = 1e-4, 1e-5
 
@@ -533,7 +533,9 @@ def test_tokens_written_one_by_one_in_steps_of_many_are_those_of_each_alone(ever
             return np.stack(logits), session.memory
 
     alone = [reads(seed) for seed in range(4)]
-    for found, expected in zip(together([lambda s=seed: reads(s) for seed in range(4)]), alone, strict=True):
+    for found, expected in zip(
+        beside_prompts(every.model, rng_ids(600), [lambda s=seed: reads(s) for seed in range(4)]), alone, strict=True
+    ):
         assert_close("logits", found[0], expected[0], LOGITS)
         assert_close("states", found[1], expected[1], STATES)
     assert every.model.unbatched is None

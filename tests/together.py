@@ -45,6 +45,8 @@ def beside_prompts(model: dm.Model, prompt: np.ndarray, jobs: Sequence[Callable[
             if left[0] == 0:
                 all_done.set()
 
+    prompt = prompt[: model.context_length]
+
     def prompts() -> None:
         while not all_done.is_set():
             with model.session() as session:

@@ -151,14 +151,16 @@ def steps_of_many(model: dm.Model, ids: np.ndarray) -> None:
 
     lengths = (1, 9, 17, 30)
     alone = [reads(count) for count in lengths]
-    for found, expected in zip(
-        beside_prompts(model, np.tile(ids, 2), [lambda n=count: reads(n) for count in lengths]), alone, strict=True
-    ):
-        assert_close("logits in steps of many", found[0], expected[0], LOGITS)
-        assert_close("states in steps of many", found[1], expected[1], STATES)
     carries_more = bool(model.manifest["graph"]["states"])
     assert (model.unbatched is not None) == carries_more, model.unbatched
-    assert carries_more or model.stats.largest_step > 1
+    for _ in range(40):  # steps of a model as small as this are over before the next thread is there, mostly
+        together = beside_prompts(model, np.tile(ids, 2), [lambda n=count: reads(n) for count in lengths])
+        for found, expected in zip(together, alone, strict=True):
+            assert_close("logits in steps of many", found[0], expected[0], LOGITS)
+            assert_close("states in steps of many", found[1], expected[1], STATES)
+        if carries_more or model.stats.largest_step > 1:
+            return
+    pytest.fail(f"no two sessions ever shared a step: {model.stats}")
 
 
 def int4_difference(source: Path, folder: Path) -> float:

@@ -533,10 +533,12 @@ def test_tokens_written_one_by_one_in_steps_of_many_are_those_of_each_alone(ever
             return np.stack(logits), session.memory
 
     alone = [reads(seed) for seed in range(4)]
-    for found, expected in zip(
-        beside_prompts(every.model, rng_ids(600), [lambda s=seed: reads(s) for seed in range(4)]), alone, strict=True
-    ):
-        assert_close("logits", found[0], expected[0], LOGITS)
-        assert_close("states", found[1], expected[1], STATES)
     assert every.model.unbatched is None
-    assert every.model.stats.largest_step > 1
+    for _ in range(40):  # steps of a model as small as this are over before the next thread is there, mostly
+        found = beside_prompts(every.model, rng_ids(600), [lambda s=seed: reads(s) for seed in range(4)])
+        for one, expected in zip(found, alone, strict=True):
+            assert_close("logits", one[0], expected[0], LOGITS)
+            assert_close("states", one[1], expected[1], STATES)
+        if every.model.stats.largest_step > 1:
+            return
+    pytest.fail(f"no two sessions ever shared a step: {every.model.stats}")

@@ -28,7 +28,11 @@ def workers() -> ThreadPoolExecutor:
 async def next_piece(generation: Generation) -> str:
     """Return the next piece of text; raise ``StopAsyncIteration`` behind the last one."""
     context = contextvars.copy_context()
-    piece = await asyncio.get_running_loop().run_in_executor(workers(), context.run, next, generation, None)
+
+    def step() -> str | None:
+        return next(generation, None)
+
+    piece = await asyncio.get_running_loop().run_in_executor(workers(), lambda: context.run(step))
     if piece is None:
         raise StopAsyncIteration
     return piece

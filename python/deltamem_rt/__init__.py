@@ -16,7 +16,19 @@ from __future__ import annotations
 from ._changes import Blame, Change, Diff, Direction, HeadDiff, MergeResult, Redaction, Share
 from ._default import default_bundle
 from ._health import Health
-from ._native import Generation, GenerationStats, Geometry, Model, Session, Snapshot, Store, __version__, scan
+from ._native import (
+    Generation,
+    GenerationStats,
+    Geometry,
+    Model,
+    ModelStats,
+    Prefix,
+    Session,
+    Snapshot,
+    Store,
+    __version__,
+    scan,
+)
 from ._records import Commit, Damage, GcReport, MemoryInfo, Move, RepairReport, StoreStats, VerifyReport
 from .errors import (
     BundleError,
@@ -75,11 +87,13 @@ __all__ = [
     "MergeResult",
     "MergeWarning",
     "Model",
+    "ModelStats",
     "Move",
     "NotFiniteError",
     "NotFoundError",
     "OnnxRuntimeError",
     "OnnxRuntimeNotFoundError",
+    "Prefix",
     "QuotaError",
     "ReadOnlyError",
     "Redaction",

@@ -35,6 +35,7 @@ from deltamem_export.reference import attach
 from deltamem_export.structure import find_attentions
 from grafted import Grafted
 from tiny import FAMILIES, random_adapter, save_backbone
+from together import beside_prompts
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 LOGITS, STATES = 1e-4, 1e-5
@@ -106,7 +107,8 @@ def parity(source: Path, folder: Path) -> tuple[float, float]:
     handle = attach(model, adapter)
     handle.reset(1)
     grafted = Grafted(bundle, measured=True)
-    session = dm.Model.load(bundle).session()
+    engine = dm.Model.load(bundle, threads=1)
+    session = engine.session()
     ids = np.random.default_rng(1).integers(3, grafted.manifest["backbone"]["vocab_size"], TOKENS)
     logits, states, moved = 0.0, 0.0, 0.0
     past = None
@@ -134,7 +136,31 @@ def parity(source: Path, folder: Path) -> tuple[float, float]:
         assert_close("the engine's logits", session.feed(part, write=write, logits=True), want, LOGITS)
         assert_close("the engine's states", session.memory, state[0], STATES)
     assert moved > 1e-3, "no correction did anything, so nothing was compared"
+    steps_of_many(engine, ids)
     return logits, states
+
+
+def steps_of_many(model: dm.Model, ids: np.ndarray) -> None:
+    """Sessions of different lengths that step at the same time, over a window's end, get what each gets alone."""
+
+    def reads(count: int) -> tuple[np.ndarray, np.ndarray]:
+        with model.session() as session:
+            session.feed(ids[:count])
+            logits = [session.feed([token], logits=True)[0] for token in ids[count : count + 24]]
+            return np.stack(logits), session.memory
+
+    lengths = (1, 9, 17, 30)
+    alone = [reads(count) for count in lengths]
+    carries_more = bool(model.manifest["graph"]["states"])
+    assert (model.unbatched is not None) == carries_more, model.unbatched
+    for _ in range(40):  # steps of a model as small as this are over before the next thread is there, mostly
+        together = beside_prompts(model, np.tile(ids, 2), [lambda n=count: reads(n) for count in lengths])
+        for found, expected in zip(together, alone, strict=True):
+            assert_close("logits in steps of many", found[0], expected[0], LOGITS)
+            assert_close("states in steps of many", found[1], expected[1], STATES)
+        if carries_more or model.stats.largest_step > 1:
+            return
+    pytest.fail(f"no two sessions ever shared a step: {model.stats}")
 
 
 def int4_difference(source: Path, folder: Path) -> float:

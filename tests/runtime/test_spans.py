@@ -25,6 +25,7 @@ from deltamem_export.bundle import export_bundle
 from deltamem_export.reference import attach
 from grafted import Grafted
 from interrupted import interrupted
+from together import beside_prompts
 
 LOGITS, STATES = 1e-4, 1e-5
 
@@ -521,3 +522,23 @@ def test_the_chat_command_works_with_a_span_bundle(sentences: Case, monkeypatch,
     monkeypatch.setattr("builtins.input", lambda _="": next(lines))
     assert main(["chat", str(sentences.bundle), "--max-new-tokens", "4"]) == 0
     assert "tokens seen" in capsys.readouterr().out
+
+
+def test_tokens_written_one_by_one_in_steps_of_many_are_those_of_each_alone(every: Case) -> None:
+    def reads(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        with every.model.session() as session:
+            ids = rng_ids(7 + seed, seed)
+            session.feed(ids, spans=np.arange(len(ids)) // 3)
+            logits = [session.feed([token], spans="token", logits=True)[0] for token in rng_ids(20, 50 + seed)]
+            return np.stack(logits), session.memory
+
+    alone = [reads(seed) for seed in range(4)]
+    assert every.model.unbatched is None
+    for _ in range(40):  # steps of a model as small as this are over before the next thread is there, mostly
+        found = beside_prompts(every.model, rng_ids(600), [lambda s=seed: reads(s) for seed in range(4)])
+        for one, expected in zip(found, alone, strict=True):
+            assert_close("logits", one[0], expected[0], LOGITS)
+            assert_close("states", one[1], expected[1], STATES)
+        if every.model.stats.largest_step > 1:
+            return
+    pytest.fail(f"no two sessions ever shared a step: {every.model.stats}")

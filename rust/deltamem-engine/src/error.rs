@@ -105,6 +105,17 @@ pub enum EngineError {
 pub type Result<T> = std::result::Result<T, EngineError>;
 
 impl EngineError {
+    /// The same for another session that it also struck.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Onnx { doing, message } => Self::Onnx {
+                doing,
+                message: message.clone(),
+            },
+            other => Self::Session(other.to_string()),
+        }
+    }
+
     /// Wraps an error of the `ort` crate, with what was being done.
     pub(crate) fn onnx<R>(doing: &'static str) -> impl FnOnce(ort::Error<R>) -> Self {
         move |error| Self::Onnx {

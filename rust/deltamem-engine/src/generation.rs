@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::{EngineError, Result};
+use crate::prefix::Prefix;
 use crate::sampling::SamplingOptions;
 use crate::session::{DeltaEnergy, Interrupt, Session};
 use crate::spans::{Spans, Writes};
@@ -24,6 +25,8 @@ pub struct GenerationOptions {
     pub end_turn: bool,
     /// Whether the corrections' size is measured against what they correct.
     pub measure: bool,
+    /// What the turn begins with, in front of the prompt.
+    pub prefix: Option<std::sync::Arc<Prefix>>,
 }
 
 /// Why a reply ended.
@@ -139,12 +142,19 @@ impl Generation {
             Err(_) => None,
         };
         session.settle(interrupt)?;
-        if prompt.is_empty() && session.logits().is_empty() {
+        let prefix = options.prefix.as_deref();
+        if let Some(prefix) = prefix {
+            prefix.check(&model)?;
+        }
+        if prompt.is_empty() && session.logits().is_empty() && prefix.is_none() {
             return Err(EngineError::Session(
                 "there is nothing to go on from: the turn is empty and so is the prompt; pass a prompt, or feed() first".into(),
             ));
         }
-        session.check_room(prompt.len())?;
+        session.check_room(prompt.len() + prefix.map_or(0, |prefix| prefix.tokens().len()))?;
+        if let Some(prefix) = prefix {
+            session.begin(prefix, interrupt)?;
+        }
         if let Some(seed) = options.sampling.seed {
             session.reseed(seed);
         }
@@ -243,6 +253,7 @@ impl Generation {
         let started = Instant::now();
         let energy = self.options.measure.then_some(&mut self.energy);
         if self.prompt_read {
+            session.stream();
             session.read_pending(energy, interrupt)?;
         } else {
             session.read(&self.prompt, &self.prompt_writes, None, energy, interrupt)?;
@@ -302,6 +313,7 @@ impl Generation {
     fn leave_in_order(&mut self, session: &mut Session, interrupt: Interrupt<'_>) -> Result<()> {
         let energy = self.options.measure.then_some(&mut self.energy);
         session.read_pending(energy, interrupt)?;
+        session.rest();
         if self.options.end_turn {
             session.close_turn();
         }

@@ -1,5 +1,6 @@
-//! A bundle's graph in ONNX Runtime: it is held against the manifest when it is opened, and runs one chunk at a time. It knows the names
-//! and shapes of docs/bundle.md; it knows nothing of whose chunk it runs, nor of what comes before and after it.
+//! A bundle's graph in ONNX Runtime: it is held against the manifest when it is opened, and runs: a chunk of one turn, or a token
+//! of each of several. It knows the names and shapes of docs/bundle.md; it knows nothing of whose tokens it runs, nor of what comes before and
+//! after them.
 
 use std::ffi::CString;
 
@@ -12,13 +13,13 @@ use crate::error::{EngineError, Result};
 use crate::kv::KvTensor;
 use crate::model::{LoadOptions, Model};
 use crate::runtime::Runtime;
-use crate::turn::TurnCache;
+use crate::turn::TurnTensors;
 
 /// One graph in ONNX Runtime, and the small inputs of a run that are the same for every session.
 #[derive(Debug)]
 pub(crate) struct Graph {
     session: OnnxSession,
-    ones: Vec<i64>,
+    mask: Vec<i64>,
     positions: Vec<i64>,
     rows: Vec<i64>,
     write: Vec<f32>,
@@ -30,34 +31,38 @@ pub(crate) struct Graph {
 
 /// Which rows of logits a run is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rows {
+pub(crate) enum Rows<'a> {
     /// Every token's.
     All,
-    /// The last token's.
+    /// The last token's of the last turn.
     Last,
+    /// These.
+    These(&'a [i64]),
 }
 
-/// One chunk of one session: what it reads and where the results go.
-pub(crate) struct Chunk<'a> {
-    /// Token ids, checked: at least one, at most [`CHUNK_TOKENS`](crate::model::CHUNK_TOKENS).
+/// One run: T tokens of each of B turns, what they read and where the results go.
+pub(crate) struct Run<'a> {
+    /// Token ids, checked, row after row, [B, T].
     pub(crate) tokens: &'a [i32],
-    /// Whether each of these tokens writes the memory.
-    pub(crate) write: bool,
-    /// The spans that this run gathers for or writes, in a span bundle.
+    /// Each turn's tokens before these, [B].
+    pub(crate) past: &'a [usize],
+    /// Whether each turn's tokens write its memory, [B].
+    pub(crate) write: &'a [bool],
+    /// The spans that this run gathers for or writes, in a span bundle; B is 1 then.
     pub(crate) spans: Option<ChunkSpans<'a>>,
-    /// Which logits are wanted.
-    pub(crate) rows: Rows,
-    /// The state before, float32 [layers, heads, r, r].
+    /// Which logits are wanted, as rows b·T + t.
+    pub(crate) rows: Rows<'a>,
+    /// The states before, float32 [B, layers, heads, r, r].
     pub(crate) past_memory: &'a [f32],
-    /// Where the state after goes.
+    /// Where the states after go.
     pub(crate) present_memory: &'a mut [f32],
-    /// What the turn carries, with room for the tokens.
-    pub(crate) turn: &'a mut TurnCache,
+    /// What the turns carry, with room for the tokens.
+    pub(crate) turn: TurnTensors<'a>,
     /// What the corrections are multiplied by; other than 1 it takes the measured graph.
     pub(crate) strength: f32,
     /// Where the logits go, float32 [rows, vocab].
     pub(crate) logits: &'a mut [f32],
-    /// What else is wanted.
+    /// What else is wanted; B is 1 then.
     pub(crate) measures: Measures<'a>,
 }
 
@@ -72,14 +77,10 @@ pub(crate) struct Measures<'a> {
     pub(crate) gates: Option<&'a mut [f32]>,
 }
 
-impl Chunk<'_> {
+impl Measures<'_> {
     /// Whether it takes the measured graph.
-    pub(crate) fn measured(&self) -> bool {
-        let wanted = &self.measures;
-        wanted.energy.is_some()
-            || wanted.queries.is_some()
-            || wanted.gates.is_some()
-            || !as_trained(self.strength)
+    pub(crate) fn any(&self) -> bool {
+        self.energy.is_some() || self.queries.is_some() || self.gates.is_some()
     }
 }
 
@@ -208,7 +209,7 @@ impl Graph {
         check_graph(&session, bundle.manifest(), names, measured, file)?;
         Ok(Self {
             session,
-            ones: Vec::new(),
+            mask: Vec::new(),
             positions: Vec::new(),
             rows: Vec::new(),
             write: Vec::new(),
@@ -218,11 +219,22 @@ impl Graph {
         })
     }
 
-    /// Runs one chunk. On an error nothing but the chunk's own output buffers was touched.
+    /// Whether the graph takes any number of turns at once, as far as its inputs say.
+    pub(crate) fn takes_batches(&self) -> bool {
+        let free = |outlet: &Outlet| matches!(outlet.dtype(), ValueType::Tensor { shape, .. } if shape.first().is_some_and(|&size| size < 0));
+        self.session
+            .inputs()
+            .iter()
+            .filter(|outlet| outlet.name() != "logits_rows")
+            .all(free)
+    }
+
+    /// Runs. On an error nothing but the run's own output buffers was touched.
     #[allow(clippy::too_many_lines)] // tensor after tensor, all of them borrowed until the run
-    pub(crate) fn run(&mut self, model: &Model, chunk: Chunk<'_>) -> Result<()> {
-        let Chunk {
+    pub(crate) fn run(&mut self, model: &Model, run: Run<'_>) -> Result<()> {
+        let Run {
             tokens,
+            past: lengths,
             write,
             spans,
             rows,
@@ -232,32 +244,42 @@ impl Graph {
             strength,
             logits,
             measures,
-        } = chunk;
-        let (count, past) = (tokens.len(), turn.len());
-        let total = past + count;
-        if self.ones.len() < total {
-            self.ones.resize(total.next_power_of_two(), 1);
+        } = run;
+        let batch = lengths.len();
+        let count = tokens.len() / batch.max(1);
+        let total = lengths.iter().max().map_or(count, |past| past + count);
+        let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        // Of the mask only the ones of a row count: padding stands behind.
+        self.mask.clear();
+        for past in lengths {
+            self.mask.resize(self.mask.len() + past + count, 1);
+            self.mask.resize(self.mask.len() + total - (past + count), 0);
         }
         self.write.clear();
-        self.write.resize(count, if write { 1.0 } else { 0.0 });
+        for &write in write {
+            self.write
+                .resize(self.write.len() + count, if write { 1.0 } else { 0.0 });
+        }
         self.rows.clear();
-        let first_row = if rows == Rows::All { 0 } else { count - 1 };
-        self.rows
-            .extend((first_row..count).map(|row| i64::try_from(row).unwrap_or(i64::MAX)));
+        match rows {
+            Rows::All => self.rows.extend((0..tokens.len()).map(number)),
+            Rows::Last => self.rows.push(number(tokens.len()) - 1),
+            Rows::These(rows) => self.rows.extend(rows),
+        }
 
         let [layers, heads, rank, _] = model.geometry().shape();
-        let memory_shape = [1, layers, heads, rank, rank];
+        let memory_shape = [batch, layers, heads, rank, rank];
         let names = model.names();
         let manifest = model.manifest();
 
-        let input_ids = Tensor::input(tokens, &[1, count])?;
-        let attention_mask = Tensor::input(&self.ones[..total], &[1, total])?;
-        let write_mask = Tensor::input(&self.write, &[1, count])?;
+        let input_ids = Tensor::input(tokens, &[batch, count])?;
+        let attention_mask = Tensor::input(&self.mask, &[batch, total])?;
+        let write_mask = Tensor::input(&self.write, &[batch, count])?;
         let logits_rows = Tensor::input(&self.rows, &[self.rows.len()])?;
         let past = Tensor::input(past_memory, &memory_shape)?;
         let mut present = Tensor::output(present_memory, &memory_shape)?;
         let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
-        let (mut caches, mut states) = turn_tensors(turn, count, manifest)?;
+        let (mut caches, mut states) = turn_tensors(turn, batch, manifest)?;
         let (position_ids, strengths, span_inputs);
         let (mut energies, mut queries, mut gates, mut present_spans);
 
@@ -266,16 +288,17 @@ impl Graph {
         call.input(&names.attention_mask, &attention_mask);
         if manifest.graph.position_ids {
             self.positions.clear();
-            self.positions
-                .extend((total - count..total).map(|at| i64::try_from(at).unwrap_or(i64::MAX)));
-            position_ids = Tensor::input(&self.positions, &[1, count])?;
+            for &past in lengths {
+                self.positions.extend((past..past + count).map(number));
+            }
+            position_ids = Tensor::input(&self.positions, &[batch, count])?;
             call.input(&names.position_ids, &position_ids);
         }
         call.input(&names.write_mask, &write_mask);
         if self.measured && manifest.graph.strength {
             self.strength.clear();
-            self.strength.resize(count, strength);
-            strengths = Tensor::input(&self.strength, &[1, count])?;
+            self.strength.resize(tokens.len(), strength);
+            strengths = Tensor::input(&self.strength, &[batch, count])?;
             call.input(&names.strength, &strengths);
         }
         call.input(&names.logits_rows, &logits_rows);
@@ -306,10 +329,10 @@ impl Graph {
             self.span_mask.clear();
             self.span_mask
                 .resize(number, if spans.complete { 1.0 } else { 0.0 });
-            let shape = [1, number, layers, width];
+            let shape = [batch, number, layers, width];
             span_inputs = [
-                Tensor::input(spans.weights, &[1, number, count])?,
-                Tensor::input(&self.span_mask, &[1, number])?,
+                Tensor::input(spans.weights, &[batch, number, count])?,
+                Tensor::input(&self.span_mask, &[batch, number])?,
                 Tensor::input(spans.past, &shape)?,
             ];
             let [weights, mask, past] = &span_inputs;
@@ -321,16 +344,16 @@ impl Graph {
         }
         if let Some(energy) = measures.energy {
             let heads = manifest.memory.delta_heads.len();
-            energies = Tensor::output(energy, &[1, count, layers, heads, 2])?;
+            energies = Tensor::output(energy, &[batch, count, layers, heads, 2])?;
             call.output(&names.delta_energy, &mut energies);
         }
         if let Some(wanted) = measures.queries {
-            queries = Tensor::output(wanted, &[1, count, layers, heads, rank])?;
+            queries = Tensor::output(wanted, &[batch, count, layers, heads, rank])?;
             call.output(&names.queries, &mut queries);
         }
         if let Some(wanted) = measures.gates {
             let (kinds, width) = (manifest.memory.gate_kinds(), manifest.memory.gate_width());
-            gates = Tensor::output(wanted, &[1, count, layers, kinds, width])?;
+            gates = Tensor::output(wanted, &[batch, count, layers, kinds, width])?;
             call.output(&names.gates, &mut gates);
         }
         call.run(&mut self.session)
@@ -357,14 +380,13 @@ type CacheTensors<'a> = (Tensor<'a>, Option<Tensor<'a>>);
 /// The caches in the order of [`Names::kv`], and (read, written) of the states in the order of [`Names::states`].
 #[allow(clippy::type_complexity)] // said in words above
 fn turn_tensors<'a>(
-    turn: &'a mut TurnCache,
-    tokens: usize,
+    turn: TurnTensors<'a>,
+    batch: usize,
     manifest: &Manifest,
 ) -> Result<(Vec<CacheTensors<'a>>, Vec<(Tensor<'a>, Tensor<'a>)>)> {
-    let (element, [past_shape, present_shape]) = (manifest.graph.kv_dtype, turn.kv.shapes(tokens));
+    let (element, [past_shape, present_shape]) = (manifest.graph.kv_dtype, turn.shapes);
     let caches = turn
         .kv
-        .tensors_mut(tokens)
         .into_iter()
         .map(|tensor| {
             Ok(match tensor {
@@ -378,10 +400,12 @@ fn turn_tensors<'a>(
         .collect::<Result<_>>()?;
     let states = turn
         .states
-        .pairs_mut()
+        .into_iter()
         .zip(&manifest.graph.states)
         .map(|((read, written), state)| {
-            let shape: Vec<usize> = std::iter::once(1).chain(state.shape.iter().copied()).collect();
+            let shape: Vec<usize> = std::iter::once(batch)
+                .chain(state.shape.iter().copied())
+                .collect();
             Ok((
                 bytes_tensor(read, &shape, state.dtype)?,
                 bytes_tensor(written, &shape, state.dtype)?,

@@ -6,7 +6,7 @@
 use crate::error::{EngineError, Result};
 
 /// The first capacity, in tokens. Most turns of a chat fit into it.
-const FIRST_CAPACITY: usize = 256;
+pub(crate) const FIRST_CAPACITY: usize = 256;
 
 /// What the cache of one model looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub(crate) struct KvLayout {
 
 impl KvLayout {
     /// Bytes of one buffer at `capacity` tokens, if that is a number that the machine can address.
-    fn buffer_bytes(&self, capacity: usize) -> Option<usize> {
+    pub(crate) fn buffer_bytes(&self, capacity: usize) -> Option<usize> {
         self.heads
             .checked_mul(self.head_dim)?
             .checked_mul(self.element_bytes)?
@@ -182,6 +182,29 @@ impl KvCache {
         }
     }
 
+    /// Copies the rows of one buffer to the beginning of another cache's, which has room for `capacity` rows a head.
+    pub(crate) fn copy_rows(&self, buffer: usize, to: &mut [u8], capacity: usize) {
+        let used = self.len * self.row();
+        let head_bytes = self.shapes(0)[0][2] * self.row();
+        let from = bytemuck::cast_slice::<u64, u8>(&self.buffers[buffer]);
+        for head in 0..self.layout.heads {
+            to[head * capacity * self.row()..][..used].copy_from_slice(&from[head * head_bytes..][..used]);
+        }
+    }
+
+    /// A copy with the rows of another cache of the same model.
+    pub(crate) fn copy_of(other: &Self) -> Result<Self> {
+        let mut copy = Self::new(other.layout)?;
+        copy.reserve(other.len)?;
+        copy.len = other.len;
+        copy.written = other.len;
+        let rows = copy.shapes(0)[0][2];
+        for (index, buffer) in copy.buffers.iter_mut().enumerate() {
+            other.copy_rows(index, bytemuck::cast_slice_mut::<u64, u8>(buffer), rows);
+        }
+        Ok(copy)
+    }
+
     /// A run of `tokens` tokens has succeeded: they count from here on.
     pub(crate) fn advance(&mut self, tokens: usize) {
         debug_assert!(self.len + tokens <= self.capacity);
@@ -232,17 +255,14 @@ impl KvCache {
     }
 }
 
-/// Zeroed words; an allocation that the machine refuses is an error, not an abort.
+/// Zeroed words, which take memory where they are written; an allocation that the machine refuses is an error, not an abort.
 pub(crate) fn zeroed_words(words: usize) -> Result<Vec<u64>> {
-    let mut buffer = Vec::new();
-    buffer.try_reserve_exact(words).map_err(|_| {
+    bytemuck::allocation::try_zeroed_vec(words).map_err(|()| {
         EngineError::Session(format!(
             "no memory for a turn's buffer of {} MiB; call end_turn() earlier, or use fewer sessions at once",
             words.saturating_mul(8) >> 20
         ))
-    })?;
-    buffer.resize(words, 0);
-    Ok(buffer)
+    })
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //!
 //! It knows tokens, buffers and graphs. It knows nothing of Python, and nothing of where memories are kept.
 //!
-//! The way of a token: [`text`] → [`session::Session::feed`] (chunks) → `call` (one run) → [`memory`] (the back buffer becomes the
+//! The way of a token: [`text`] → [`session::Session::feed`] (chunks) → `schedule` (when) → `running` (with whom) →
+//! `graph` (one run) → [`memory`] (the back buffer becomes the
 //! front) → [`sampling`] → [`generation`] (a piece of text).
 
 pub mod bundle;
@@ -14,9 +15,13 @@ pub mod health;
 mod kv;
 pub mod memory;
 pub mod model;
+mod pool;
+pub mod prefix;
 pub mod prompt;
+mod running;
 pub mod runtime;
 pub mod sampling;
+mod schedule;
 pub mod session;
 pub mod spans;
 mod states;
@@ -26,6 +31,8 @@ mod turn;
 pub use error::EngineError;
 pub use generation::{FinishReason, Generation, GenerationOptions, GenerationStats};
 pub use model::{Device, LoadOptions, Model};
+pub use prefix::Prefix;
+pub use running::RunStats;
 pub use runtime::Runtime;
 pub use session::{FeedOptions, Session};
 pub use spans::Spans;

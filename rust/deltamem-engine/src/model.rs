@@ -1,22 +1,30 @@
-//! A loaded bundle: its graph in ONNX Runtime, its tokenizer, and the room that sessions share. It runs one chunk of one session at a
-//! time, in the order of asking; it keeps nothing of a session between chunks, so sessions cannot see each other through it.
+//! A loaded bundle: its graph in ONNX Runtime, its tokenizer, and the room that sessions share. What is run for them, and when, stands in
+//! [`crate::running`] and [`crate::schedule`].
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use deltamem_core::{Fingerprint, Geometry};
-use parking_lot::FairMutex;
 
 use crate::bundle::{Bundle, Manifest, Verify};
 use crate::error::{EngineError, Result};
-use crate::graph::{Chunk, Graph, Names};
+use crate::graph::{Graph, Names};
 use crate::kv::KvLayout;
+use crate::pool::{Key, KvPool};
+use crate::running::{Counters, Row, Works};
 use crate::runtime::Runtime;
+use crate::schedule::{Schedule, Seat};
 use crate::text::{ChatTemplate, Text};
-use crate::turn::TurnCache;
+use crate::turn::{TurnCache, TurnKv};
 
 /// Tokens that one run takes at most. Longer chunks gain little (docs/log.md); a Ctrl-C and other sessions wait for one chunk.
 pub const CHUNK_TOKENS: usize = 256;
+
+/// The same while replies of other sessions are being made, which wait for it between two of their tokens.
+const CHUNK_TOKENS_BESIDE_OTHERS: usize = 64;
+
+/// The most sessions in one step, if nothing else is asked for.
+pub const MAX_BATCH: usize = 16;
 
 /// Finished KV caches that are kept, wiped, for the next turns.
 const POOLED_CACHES: usize = 4;
@@ -44,6 +52,8 @@ pub struct LoadOptions {
     pub threads: usize,
     /// How much of the bundle is checked before ONNX Runtime sees it.
     pub verify: Verify,
+    /// The most sessions whose tokens are read in one step; 1 runs them one after another.
+    pub max_batch: usize,
 }
 
 impl Default for LoadOptions {
@@ -52,6 +62,7 @@ impl Default for LoadOptions {
             device: Device::Auto,
             threads: 0,
             verify: Verify::Full,
+            max_batch: MAX_BATCH,
         }
     }
 }
@@ -68,10 +79,20 @@ pub struct Model {
     template: Option<ChatTemplate>,
     names: Names,
     kv_layout: KvLayout,
-    graph: FairMutex<Graph>,
-    measured: OnceLock<FairMutex<Graph>>,
+    pub(crate) schedule: Schedule<Row>,
+    /// Used by whoever runs, and for a moment by turns that begin or end.
+    pub(crate) works: parking_lot::Mutex<Works>,
+    measured: OnceLock<Mutex<Graph>>,
     opening_measured: Mutex<()>,
+    /// Caches of turns that had buffers of their own.
     idle_caches: Mutex<Vec<TurnCache>>,
+    /// Slots of turns that ended while somebody was running.
+    pub(crate) released: parking_lot::Mutex<Vec<Key>>,
+    /// Why sessions run one after another, if they do.
+    pub(crate) unbatched: OnceLock<String>,
+    /// Whether turns have slots in the pool.
+    pooled: bool,
+    pub(crate) counters: Counters,
 }
 
 impl Model {
@@ -105,6 +126,12 @@ impl Model {
         let text = Text::load(bundle.dir(), manifest)?;
         let template = ChatTemplate::load(bundle.dir(), manifest)?;
         let graph = Graph::open(runtime, &bundle, &options, &names, false)?;
+        let unbatched = OnceLock::new();
+        if let Some(why) = one_after_another(manifest, &graph, options.max_batch) {
+            unbatched.get_or_init(|| why.to_owned());
+        }
+        let pooled = unbatched.get().is_none();
+        let most = if pooled { options.max_batch } else { 1 };
         Ok(Arc::new(Self {
             runtime,
             geometry,
@@ -113,7 +140,12 @@ impl Model {
             template,
             names,
             kv_layout,
-            graph: FairMutex::new(graph),
+            schedule: Schedule::new(most),
+            works: parking_lot::Mutex::new(Works::new(graph, KvPool::new(kv_layout, most))),
+            released: parking_lot::Mutex::new(Vec::new()),
+            unbatched,
+            pooled,
+            counters: Counters::default(),
             measured: OnceLock::new(),
             opening_measured: Mutex::new(()),
             idle_caches: Mutex::new(Vec::new()),
@@ -168,6 +200,34 @@ impl Model {
         self.options.threads
     }
 
+    /// The most sessions whose tokens are read in one step; 1 where they run one after another.
+    pub fn max_batch(&self) -> usize {
+        if self.unbatched.get().is_some() {
+            1
+        } else {
+            self.options.max_batch
+        }
+    }
+
+    /// Why sessions run one after another, if they do.
+    pub fn unbatched(&self) -> Option<&str> {
+        self.unbatched.get().map(String::as_str)
+    }
+
+    /// Whether turns have slots in the pool.
+    pub(crate) fn pooled(&self) -> bool {
+        self.pooled
+    }
+
+    /// Tokens that the next chunk of this seat's prompt may have.
+    pub(crate) fn chunk_tokens(&self, seat: &Seat<Row>) -> usize {
+        if self.schedule.others_stream(seat) {
+            CHUNK_TOKENS_BESIDE_OTHERS
+        } else {
+            CHUNK_TOKENS
+        }
+    }
+
     /// The tokenizer, or the error that says that this bundle takes token ids only.
     pub fn text(&self) -> Result<&Text> {
         self.text.as_ref().ok_or_else(|| {
@@ -206,8 +266,17 @@ impl Model {
         }
     }
 
-    /// Empty buffers for a turn: wiped ones of an earlier turn, or new ones.
+    /// What a turn carries, empty: a slot in the pool, or buffers of its own.
     pub(crate) fn lend_cache(&self) -> Result<TurnCache> {
+        if self.pooled() {
+            Ok(TurnCache::pooled())
+        } else {
+            self.lend_own_cache()
+        }
+    }
+
+    /// Empty buffers of a turn's own: wiped ones of an earlier turn, or new ones.
+    pub(crate) fn lend_own_cache(&self) -> Result<TurnCache> {
         let idle = self
             .idle_caches
             .lock()
@@ -219,15 +288,28 @@ impl Model {
         )
     }
 
-    /// Takes a turn's buffers back.
+    /// Takes a turn's buffers back. A slot is free at once; it is wiped now, or by whoever runs when that run is done.
     pub(crate) fn return_cache(&self, mut cache: TurnCache) {
-        if cache.kv.capacity() > POOLED_TOKENS {
-            return;
-        }
-        cache.wipe();
-        let mut idle = self.idle_caches.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < POOLED_CACHES {
-            idle.push(cache);
+        match &mut cache.kv {
+            TurnKv::Pooled(place) => {
+                if let Some(key) = place.key.take() {
+                    self.released.lock().push(key);
+                    if let Some(mut works) = self.works.try_lock() {
+                        works.clear_released(self);
+                    }
+                }
+            }
+            TurnKv::Own(kv) => {
+                if kv.capacity() > POOLED_TOKENS {
+                    return;
+                }
+                kv.wipe();
+                cache.states.wipe();
+                let mut idle = self.idle_caches.lock().unwrap_or_else(PoisonError::into_inner);
+                if idle.len() < POOLED_CACHES {
+                    idle.push(cache);
+                }
+            }
         }
     }
 
@@ -248,17 +330,8 @@ impl Model {
         &self.names
     }
 
-    /// Runs one chunk. On an error nothing but the chunk's own output buffers was touched.
-    pub(crate) fn run(&self, chunk: Chunk<'_>) -> Result<()> {
-        if chunk.measured() {
-            self.measured()?.lock().run(self, chunk)
-        } else {
-            self.graph.lock().run(self, chunk)
-        }
-    }
-
     /// The measured graph, opened when it is first asked for.
-    fn measured(&self) -> Result<&FairMutex<Graph>> {
+    pub(crate) fn measured(&self) -> Result<&Mutex<Graph>> {
         let _one_at_a_time = self
             .opening_measured
             .lock()
@@ -267,6 +340,21 @@ impl Model {
             return Ok(graph);
         }
         let graph = Graph::open(self.runtime, &self.bundle, &self.options, &self.names, true)?;
-        Ok(self.measured.get_or_init(|| FairMutex::new(graph)))
+        Ok(self.measured.get_or_init(|| Mutex::new(graph)))
+    }
+}
+
+/// Why the sessions of a bundle cannot step together, if they cannot.
+fn one_after_another(manifest: &Manifest, graph: &Graph, max_batch: usize) -> Option<&'static str> {
+    if max_batch <= 1 {
+        Some("max_batch is 1")
+    } else if !manifest.graph.shared_kv {
+        Some("the bundle's graph keeps past and present keys and values apart (graph.shared_kv is false)")
+    } else if !manifest.graph.states.is_empty() {
+        Some("the bundle's graph carries more than keys and values inside a turn (graph.states)")
+    } else if !graph.takes_batches() {
+        Some("the bundle's graph has a fixed batch size")
+    } else {
+        None
     }
 }

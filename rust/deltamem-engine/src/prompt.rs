@@ -45,6 +45,33 @@ impl Model {
         }
     }
 
+    /// The token ids of a system message by itself, as it stands at the beginning of a conversation in the bundle's chat template.
+    ///
+    /// # Errors
+    /// [`EngineError::Session`] without a tokenizer or a template; [`EngineError::Text`]; [`EngineError::Value`] when the template does not put the
+    /// message in front of the others as it renders it alone.
+    pub fn encode_system(&self, content: &str) -> Result<Vec<i32>> {
+        let (template, tokenizer) = (self.template()?, self.text()?);
+        let message = |role: &str, content: &str| Message {
+            role: role.into(),
+            content: content.into(),
+        };
+        let system = message("system", content);
+        let alone = tokenizer.encode(&template.render(std::slice::from_ref(&system), false)?, false)?;
+        for probe in ["Hello", "1"] {
+            let both = [system.clone(), message("user", probe)];
+            let whole = tokenizer.encode(&template.render(&both, true)?, false)?;
+            if alone.is_empty() || !whole.starts_with(&alone) {
+                return Err(EngineError::Value(
+                    "the bundle's chat template does not put a system message in front of a conversation as it renders it alone, so it cannot be \
+                     read by itself; pass system= as text, or token ids of your own to prefix()"
+                        .into(),
+                ));
+            }
+        }
+        Ok(alone)
+    }
+
     /// Into what a text is cut: nothing in a token bundle, when it writes by token on purpose, and when it does not write.
     fn cuts(&self, spans: &Spans<'_>, write: bool) -> Result<Option<WriteGranularity>> {
         let granularity = self.manifest().memory.write_granularity;

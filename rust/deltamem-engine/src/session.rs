@@ -6,12 +6,15 @@ use std::sync::Arc;
 use deltamem_core::{Geometry, Snapshot};
 
 use crate::error::{EngineError, Result};
-use crate::graph::{Chunk, ChunkSpans, Measures, Rows, as_trained};
+use crate::graph::{ChunkSpans, Measures, as_trained};
 use crate::memory::{MemoryBuffers, MemoryView};
 use crate::model::{CHUNK_TOKENS, Model};
+use crate::prefix::Prefix;
+use crate::running::{Chunk, Outcome, Row};
 use crate::sampling::Sampler;
+use crate::schedule::Seat;
 use crate::spans::{Gathered, Spans, Writes};
-use crate::turn::TurnCache;
+use crate::turn::{TurnCache, TurnKv};
 
 /// Asked between chunks whether the caller wants to stop.
 pub type Interrupt<'a> = &'a mut dyn FnMut() -> bool;
@@ -113,6 +116,10 @@ pub struct Session {
     recent: Vec<i32>,
     /// Counts the calls that move the session, so that an older generation knows that it is over.
     epoch: u64,
+    /// Where the session waits for its runs.
+    seat: Seat<Row>,
+    /// Whether a reply is being made, token after token.
+    streaming: bool,
 }
 
 /// What a failed call puts back.
@@ -142,6 +149,8 @@ impl Session {
             strength: 1.0,
             recent: Vec::new(),
             epoch: 0,
+            seat: Seat::new(),
+            streaming: false,
             model,
         }
     }
@@ -241,6 +250,17 @@ impl Session {
         self.pending = Some(Pending { token, write });
     }
 
+    /// A reply is being made: tokens will follow one another.
+    pub(crate) fn stream(&mut self) {
+        self.streaming = true;
+    }
+
+    /// No token will follow soon; sessions that step together need not wait for this one.
+    pub(crate) fn rest(&mut self) {
+        self.streaming = false;
+        self.model.schedule.leave(&mut self.seat);
+    }
+
     pub(crate) fn set_ends_turn(&mut self) {
         self.ends_turn = true;
     }
@@ -330,6 +350,26 @@ impl Session {
         self.sampler.reseed(seed);
     }
 
+    /// Begins a turn with a prefix that was read before: its keys and values are copied, the memory stays as it is.
+    ///
+    /// # Errors
+    /// [`EngineError::Session`] in the middle of a turn; [`EngineError::Value`] for a prefix of another model; as [`Session::feed`] for the last
+    /// sampled token, which is read first.
+    pub fn begin(&mut self, prefix: &Prefix, interrupt: Interrupt<'_>) -> Result<()> {
+        prefix.check(&self.model)?;
+        self.settle(interrupt)?;
+        if self.position() > 0 {
+            return Err(EngineError::Session(format!(
+                "a prefix stands at the start of a turn, and this turn has {} tokens; call end_turn() first",
+                self.position()
+            )));
+        }
+        self.cache = Some(prefix.cache(&self.model)?);
+        prefix.tokens().clone_into(&mut self.turn);
+        prefix.logits().clone_into(&mut self.logits);
+        Ok(())
+    }
+
     /// Whether a sampled token is not read yet, or a chat's turn waits for its end: [`Session::settle`] would move the session.
     pub fn unsettled(&self) -> bool {
         self.pending.is_some() || self.ends_turn
@@ -397,6 +437,7 @@ impl Session {
 
     fn abandon_turn(&mut self) {
         self.epoch += 1;
+        self.rest();
         if let Some(cache) = self.cache.take() {
             self.model.return_cache(cache);
         }
@@ -440,7 +481,7 @@ impl Session {
         aside.check_room(tokens.len())?;
         aside.memory.set_front(self.memory());
         aside.strength = self.strength;
-        let mut cache = self.model.lend_cache()?;
+        let mut cache = self.model.lend_own_cache()?;
         let mut outcome = Ok(());
         for tokens in tokens.chunks(CHUNK_TOKENS) {
             outcome = if interrupt() {
@@ -454,6 +495,18 @@ impl Session {
         }
         self.model.return_cache(cache);
         outcome
+    }
+
+    /// Reads a turn's first tokens into buffers of its own, without writing; returns them and the last token's logits.
+    pub(crate) fn read_prefix(
+        &mut self,
+        tokens: &[i32],
+        interrupt: Interrupt<'_>,
+    ) -> Result<(TurnCache, Vec<f32>)> {
+        self.cache = Some(self.model.lend_own_cache()?);
+        self.read(tokens, &Writes::Nothing, None, None, interrupt)?;
+        let cache = self.cache.take().ok_or_else(lost)?;
+        Ok((cache, std::mem::take(&mut self.logits)))
     }
 
     /// The last tokens that were read, over turns, at most [`RECENT_TOKENS`].
@@ -525,12 +578,14 @@ impl Session {
             None => self.model.lend_cache()?,
         };
         let mut outcome = Ok(());
-        for (index, chunk) in tokens.chunks(CHUNK_TOKENS).enumerate() {
-            if index > 0 && interrupt() {
+        let mut first = 0;
+        while first < tokens.len() {
+            if first > 0 && interrupt() {
                 outcome = Err(EngineError::Interrupted);
                 break;
             }
-            let first = index * CHUNK_TOKENS;
+            let end = tokens.len().min(first + self.model.chunk_tokens(&self.seat));
+            let chunk = &tokens[first..end];
             let wanted = logits
                 .as_deref_mut()
                 .map(|all| &mut all[first * vocab..][..chunk.len() * vocab]);
@@ -548,7 +603,7 @@ impl Session {
                 }
                 Writes::Spans(plan) => {
                     // The last chunk writes every span of the call; the others gather for those that they touch.
-                    let range = first..first + chunk.len();
+                    let range = first..end;
                     let complete = range.end == tokens.len();
                     let spans = if complete {
                         0..plan.count()
@@ -579,6 +634,7 @@ impl Session {
             if let Some(sum) = energy.as_deref_mut() {
                 sum.add(&all_energies, pairs);
             }
+            first = end;
         }
         self.cache = Some(cache);
         outcome
@@ -593,29 +649,67 @@ impl Session {
         mut wanted: Option<&mut [f32]>,
         measures: Measures<'_>,
     ) -> Result<()> {
-        cache.kv.reserve(tokens.len())?;
         let vocab = self.model.vocab();
         self.spare_logits.resize(vocab, 0.0);
         let past_memory = self.memory();
         let mut back = self.memory.take_back();
-        let present_memory = Arc::get_mut(&mut back).ok_or_else(|| {
-            EngineError::Session("a memory buffer is held where none should be; please report this".into())
-        })?;
-        let outcome = self.model.run(Chunk {
-            tokens,
-            write,
-            spans,
-            rows: if wanted.is_some() { Rows::All } else { Rows::Last },
-            past_memory: &past_memory,
-            present_memory,
-            turn: cache,
-            strength: self.strength,
-            logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
-            measures,
-        });
-        if let Some(all) = wanted {
-            self.spare_logits.copy_from_slice(&all[all.len() - vocab..]);
-        }
+        let all_logits = wanted.is_some();
+        let steps = tokens.len() == 1 && spans.is_none() && !measures.any() && as_trained(self.strength);
+        let outcome = match (&mut cache.kv, tokens) {
+            (TurnKv::Pooled(place), &[token]) if steps => {
+                // Tokens of one another's sessions are read in one run.
+                let row = Row {
+                    token,
+                    write,
+                    past_memory,
+                    present_memory: back,
+                    logits: std::mem::take(&mut self.spare_logits),
+                    place: std::mem::take(place),
+                    outcome: Outcome::Waiting,
+                };
+                let row = self
+                    .model
+                    .run_row(&mut self.seat, row, self.streaming)
+                    .ok_or_else(lost)?;
+                *place = row.place;
+                back = row.present_memory;
+                self.spare_logits = row.logits;
+                if let Some(wanted) = wanted {
+                    wanted.copy_from_slice(&self.spare_logits);
+                }
+                match row.outcome {
+                    Outcome::Run => Ok(()),
+                    Outcome::Failed(error) => Err(error),
+                    Outcome::Waiting => Err(lost()),
+                }
+            }
+            _ => {
+                let present_memory = Arc::get_mut(&mut back).ok_or_else(|| {
+                    EngineError::Session(
+                        "a memory buffer is held where none should be; please report this".into(),
+                    )
+                })?;
+                let outcome = self.model.run_chunk(
+                    &mut self.seat,
+                    Chunk {
+                        tokens,
+                        write,
+                        spans,
+                        all_logits,
+                        past_memory: &past_memory,
+                        present_memory,
+                        turn: cache,
+                        strength: self.strength,
+                        logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
+                        measures,
+                    },
+                );
+                if let Some(all) = wanted {
+                    self.spare_logits.copy_from_slice(&all[all.len() - vocab..]);
+                }
+                outcome
+            }
+        };
         let outcome = outcome.and_then(|()| {
             if back.iter().all(|value| value.is_finite()) {
                 Ok(())
@@ -652,8 +746,13 @@ impl Session {
     }
 }
 
+fn lost() -> EngineError {
+    EngineError::Session("a step of this session's model broke off; the session is as it was before the call, please report this".into())
+}
+
 impl Drop for Session {
     fn drop(&mut self) {
+        self.rest();
         if let Some(cache) = self.cache.take() {
             self.model.return_cache(cache);
         }

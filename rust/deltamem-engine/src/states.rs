@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::kv::zeroed_words;
 
 /// The states of one turn.
-#[derive(Debug)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct TurnStates {
     /// Bytes of each.
     bytes: Vec<usize>,

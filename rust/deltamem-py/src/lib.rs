@@ -80,6 +80,8 @@ fn cpu_features() -> Vec<&'static str> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<model::Model>()?;
+    module.add_class::<model::ModelStats>()?;
+    module.add_class::<model::Prefix>()?;
     module.add_class::<geometry::Geometry>()?;
     module.add_class::<session::Session>()?;
     module.add_class::<generation::Generation>()?;

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use deltamem_engine::bundle::Verify;
-use deltamem_engine::{Device, LoadOptions, Runtime};
+use deltamem_engine::{Device, LoadOptions, RunStats, Runtime, Spans};
 use deltamem_store::Parts;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::errors::{named, store_to_python, to_python};
+use crate::errors::{detached, named, store_to_python, to_python};
 use crate::geometry::Geometry;
 use crate::health::OnDrift;
 use crate::keeping::Kept;
@@ -42,6 +42,9 @@ impl Model {
     ///     Where the graph runs. This version runs on the CPU: ``"cuda"`` raises ``DeviceError``.
     /// threads : int, optional
     ///     Threads for one run. By default one a core.
+    /// max_batch : int
+    ///     The most sessions whose tokens are read in one step when many threads or tasks make replies at once; 1 runs them one after another.
+    ///     A step of several gives each what it gives alone, up to the rounding of sums.
     /// verify : bool
     ///     Compare every file with its digest before ONNX Runtime sees it. False compares sizes only, for very large bundles that were
     ///     checked before.
@@ -57,12 +60,13 @@ impl Model {
     /// DeviceError
     ///     The device is not there.
     #[staticmethod]
-    #[pyo3(signature = (path, *, device="auto", threads=None, verify=true))]
+    #[pyo3(signature = (path, *, device="auto", threads=None, max_batch=16, verify=true))]
     fn load(
         py: Python<'_>,
         path: PathBuf,
         device: &str,
         threads: Option<usize>,
+        max_batch: usize,
         verify: bool,
     ) -> PyResult<Self> {
         let device = match device {
@@ -86,6 +90,11 @@ impl Model {
                 "threads is 0, expected at least 1, or None for one a core",
             ));
         }
+        if max_batch == 0 {
+            return Err(PyValueError::new_err(
+                "max_batch is 0, expected at least 1 (sessions one after another)",
+            ));
+        }
         let library: PathBuf = py
             .import("deltamem_rt._onnxruntime")?
             .getattr("find_library")?
@@ -96,6 +105,7 @@ impl Model {
             device,
             threads: threads.unwrap_or(0),
             verify: if verify { Verify::Full } else { Verify::Sizes },
+            max_batch,
         };
         let inner = py.detach(|| {
             let runtime = Runtime::open(&library)?;
@@ -235,6 +245,82 @@ impl Model {
         "cpu"
     }
 
+    /// Threads that one run uses; None is one a core.
+    #[getter]
+    fn threads(&self) -> Option<usize> {
+        Some(self.inner.threads()).filter(|&threads| threads > 0)
+    }
+
+    /// The most sessions whose tokens are read in one step; 1 where they run one after another.
+    #[getter]
+    fn max_batch(&self) -> usize {
+        self.inner.max_batch()
+    }
+
+    /// Why sessions run one after another; None where they step together.
+    #[getter]
+    fn unbatched(&self) -> Option<String> {
+        self.inner.unbatched().map(str::to_owned)
+    }
+
+    /// How many runs the model has made since it was loaded.
+    #[getter]
+    fn stats(&self) -> ModelStats {
+        ModelStats(self.inner.run_stats())
+    }
+
+    /// Read once what many turns begin with, such as a system prompt.
+    ///
+    /// It is read with an empty memory and writes nothing, so it is the same for every session, and a turn that begins with it
+    /// (``session.begin(prefix)``, ``session.chat(message, system=prefix)``) copies its keys and values instead of reading it: bit for bit what
+    /// reading it with an empty memory would leave. The session's memory is read from behind it on.
+    ///
+    /// Parameters
+    /// ----------
+    /// tokens : str, sequence of int, or ndarray of int32 or int64 with shape [T], optional
+    ///     What to read, as it is.
+    /// system : str, optional
+    ///     Or a system message, in the bundle's chat template.
+    ///
+    /// Raises
+    /// ------
+    /// ValueError
+    ///     Both or neither are given, nothing is in it, or the template does not put a system message first.
+    /// ContextLengthError
+    ///     It is longer than the model's context.
+    /// SessionError
+    ///     Text for a bundle without a tokenizer, a system message for one without a chat template.
+    #[pyo3(signature = (tokens=None, *, system=None))]
+    fn prefix(
+        &self,
+        py: Python<'_>,
+        tokens: Option<Bound<'_, PyAny>>,
+        system: Option<String>,
+    ) -> PyResult<Prefix> {
+        let ids = match (tokens, &system) {
+            (Some(tokens), None) => {
+                let blank = deltamem_engine::Session::new(Arc::clone(&self.inner));
+                crate::tokens::tokens(&tokens, Spans::Token, false, &blank)?
+                    .0
+                    .into_vec()?
+            }
+            (None, Some(system)) => self.inner.encode_system(system).map_err(to_python)?,
+            _ => {
+                return Err(PyValueError::new_err(
+                    "prefix() takes either tokens (text or ids) or system (a message for the chat template)",
+                ));
+            }
+        };
+        let model = Arc::clone(&self.inner);
+        let inner = detached(py, |interrupt| {
+            deltamem_engine::Prefix::new(model, ids, interrupt)
+        })?;
+        Ok(Prefix {
+            inner: Arc::new(inner),
+            system,
+        })
+    }
+
     /// Text to token ids, without special tokens of the tokenizer's own; those written in the text are recognised.
     ///
     /// Raises
@@ -270,6 +356,87 @@ impl Model {
             manifest.precision,
             self.geometry().__repr__(),
             &self.fingerprint()[..12]
+        )
+    }
+}
+
+/// What many turns begin with, read once by ``Model.prefix``: its keys and values, without a memory.
+#[pyclass(frozen, module = "deltamem_rt")]
+pub(crate) struct Prefix {
+    pub(crate) inner: Arc<deltamem_engine::Prefix>,
+    /// The system message that it is, if it is one.
+    pub(crate) system: Option<String>,
+}
+
+#[pymethods]
+impl Prefix {
+    /// Its tokens.
+    #[getter]
+    fn token_ids(&self) -> Vec<i32> {
+        self.inner.tokens().to_vec()
+    }
+
+    /// The system message that it holds; None for other tokens.
+    #[getter]
+    fn system(&self) -> Option<&str> {
+        self.system.as_deref()
+    }
+
+    /// Bytes of its keys and values.
+    #[getter]
+    fn bytes(&self) -> usize {
+        self.inner.bytes()
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.tokens().len()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Prefix({} tokens)", self.inner.tokens().len())
+    }
+}
+
+/// How many runs a model has made since it was loaded, and of what.
+#[pyclass(frozen, module = "deltamem_rt")]
+pub(crate) struct ModelStats(RunStats);
+
+#[pymethods]
+impl ModelStats {
+    /// Steps: runs with one token of every session in them.
+    #[getter]
+    fn steps(&self) -> u64 {
+        self.0.steps
+    }
+
+    /// Tokens read in those steps; over ``steps`` it is how many sessions shared one on average.
+    #[getter]
+    fn step_tokens(&self) -> u64 {
+        self.0.step_tokens
+    }
+
+    /// Rows of those steps that stood for nobody: idle turns that lay between others.
+    #[getter]
+    fn idle_rows(&self) -> u64 {
+        self.0.idle_rows
+    }
+
+    /// The most sessions in one step.
+    #[getter]
+    fn largest_step(&self) -> u64 {
+        self.0.largest_step
+    }
+
+    /// Runs of one session by itself: chunks of prompts, and single tokens where sessions run one after another.
+    #[getter]
+    fn chunks(&self) -> u64 {
+        self.0.chunks
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "ModelStats(steps={}, step_tokens={}, largest_step={}, idle_rows={}, chunks={})",
+            self.0.steps, self.0.step_tokens, self.0.largest_step, self.0.idle_rows, self.0.chunks
         )
     }
 }

@@ -19,6 +19,7 @@ use crate::geometry::Geometry;
 use crate::health::{self, OnDrift, Report, Watch};
 use crate::history;
 use crate::keeping::Kept;
+use crate::model::Prefix;
 use crate::records;
 use crate::snapshot::{Snapshot, view};
 use crate::store::{meta_text, warn_of};
@@ -483,6 +484,7 @@ impl Session {
             write,
             end_turn: false,
             measure,
+            prefix: None,
         };
         let session = slf.get();
         let mut open = session.open()?;
@@ -507,8 +509,9 @@ impl Session {
     /// ----------
     /// message : str
     ///     The user's message.
-    /// system : str, optional
-    ///     A system message put before it, in this turn only.
+    /// system : str or Prefix, optional
+    ///     A system message put before it, in this turn only. A ``Prefix`` (``model.prefix(system=...)``) was read before, with an empty memory
+    ///     and without writing, and is copied.
     /// spans : "token", optional
     ///     Writes each token of the rendered conversation by itself, whatever the bundle.
     ///
@@ -523,7 +526,7 @@ impl Session {
     fn chat(
         slf: Bound<'_, Self>,
         message: String,
-        system: Option<String>,
+        system: Option<System<'_>>,
         max_new_tokens: usize,
         temperature: f64,
         top_p: f64,
@@ -536,6 +539,15 @@ impl Session {
         measure: bool,
         spans: Option<String>,
     ) -> PyResult<Generation> {
+        let (system, prefix) = match system {
+            None => (None, None),
+            Some(System::Text(text)) => (Some(text), None),
+            Some(System::Read(prefix)) => (Some(prefix.get().system.clone().ok_or_else(|| {
+                PyValueError::new_err(
+                    "system is a Prefix that was made of tokens; make it with model.prefix(system=...), or begin(prefix) and generate()",
+                )
+            })?), Some(Arc::clone(&prefix.get().inner))),
+        };
         let sampling = SamplingOptions {
             temperature,
             top_p,
@@ -551,6 +563,7 @@ impl Session {
             write,
             end_turn: true,
             measure,
+            prefix,
         };
         let session = slf.get();
         let open = session.open()?;
@@ -566,11 +579,45 @@ impl Session {
             content: message,
         });
         let spans = spans_of_text(spans.as_deref())?;
-        let (ids, spans) = session
+        let (mut ids, mut spans) = session
             .model
             .encode_chat(&messages, spans, write)
             .map_err(to_python)?;
+        if let Some(prefix) = &options.prefix {
+            let read = prefix.tokens().len();
+            if !ids.starts_with(prefix.tokens()) {
+                return Err(named(
+                    "TextError",
+                    "in front of this message the chat template writes the system message with other tokens than alone; pass system= as text"
+                        .to_owned(),
+                ));
+            }
+            ids.drain(..read);
+            if let Spans::Ids(ids) = &mut spans {
+                ids.to_mut().drain(..read);
+            }
+        }
         begin(&slf, open, ids, &spans, options)
+    }
+
+    /// Begin a turn with what ``Model.prefix`` has read: its keys and values are copied, the memory stays as it is.
+    ///
+    /// What follows reads this session's memory; the prefix itself was read with an empty one and writes nothing. Its tokens count for
+    /// ``position``, not for ``tokens_seen``.
+    ///
+    /// Raises
+    /// ------
+    /// SessionError
+    ///     In the middle of a turn.
+    /// ValueError
+    ///     The prefix was read by another model.
+    fn begin(&self, py: Python<'_>, prefix: PyRef<'_, Prefix>) -> PyResult<()> {
+        self.at(|slot, _| {
+            slot.settle(py)?;
+            let engine = &mut slot.engine;
+            let prefix = Arc::clone(&prefix.inner);
+            detached(py, |interrupt| engine.begin(&prefix, interrupt))
+        })
     }
 
     /// End the turn: drop the KV cache, keep the memory.
@@ -1232,6 +1279,13 @@ impl Session {
     }
 }
 
+/// A system message: its text, or what was read of it before.
+#[derive(FromPyObject)]
+enum System<'py> {
+    Read(Bound<'py, Prefix>),
+    Text(String),
+}
+
 /// What errors and warnings call a session.
 fn label_of(name: Option<&str>) -> String {
     name.map_or_else(
@@ -1254,6 +1308,7 @@ fn reply_to(
         write: false,
         end_turn: true,
         measure: false,
+        prefix: None,
     };
     let mut made = deltamem_engine::Generation::new(session, prompt, &Spans::Unsaid, options, interrupt)?;
     while made.next(session, interrupt)?.is_some() {}

@@ -1,0 +1,730 @@
+//! The KV caches of many turns in blocks of slots: one buffer a layer for keys and one for values, [slots, kv heads, capacity, head dim]. A
+//! slot is one turn's cache. A run of one turn binds its slot's part of each buffer, a step of several turns binds the slots from the first to
+//! the last of them, so that nothing is copied from step to step. An idle slot in between rides along with a token that is written behind
+//! its rows, where nothing reads it. Blocks grow by doubling, in slots and in capacity. It knows rows and slots; it knows nothing of whose they
+//! are, nor when anything runs.
+
+use crate::error::{EngineError, Result};
+use crate::kv::{FIRST_CAPACITY, KvCache, KvLayout, KvTensor, zeroed_words};
+
+/// Idle slots that may ride along, step by step added up, before the stepping ones are brought together. Moving a turn once costs about what
+/// so many idle rows do.
+const RIDES: usize = 8;
+
+/// Rows (slots times capacity) that a block without turns keeps.
+const KEPT_ROWS: usize = 4096;
+
+/// Whose slot: what a turn holds. It stays the same when the slot moves.
+pub(crate) type Key = usize;
+
+/// The caches of all turns of a model whose graph can take many at once.
+#[derive(Debug)]
+pub(crate) struct KvPool {
+    layout: KvLayout,
+    /// Slots that a block may have: the most rows of a step.
+    most: usize,
+    blocks: Vec<Block>,
+    /// Where the slot of each key is; `None` for a key that is free.
+    places: Vec<Option<Place>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    block: usize,
+    slot: usize,
+}
+
+#[derive(Debug, Default)]
+struct Block {
+    /// Rows of each slot.
+    capacity: usize,
+    slots: Vec<Slot>,
+    /// `u64` words, so that every element type is aligned.
+    buffers: Vec<Vec<u64>>,
+    /// Idle rows that have ridden along since the turns were last brought together.
+    rides: usize,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Slot {
+    key: Option<Key>,
+    /// Rows that may count for its turn: never fewer than do.
+    len: usize,
+    /// Rows that were ever written, which are wiped before somebody else gets the slot.
+    written: usize,
+}
+
+/// One row of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rider {
+    /// The index of the turn among the keys asked for; `None` for an idle slot.
+    pub(crate) of: Option<usize>,
+    /// Rows in front of the new one.
+    pub(crate) past: usize,
+}
+
+/// Turns whose slots lie in one block, and the slots from the first to the last of them.
+#[derive(Debug)]
+pub(crate) struct Window {
+    block: usize,
+    first: usize,
+    /// One for each slot.
+    pub(crate) riders: Vec<Rider>,
+}
+
+impl KvPool {
+    /// A pool without a buffer. A step takes at most `most` turns.
+    pub(crate) fn new(layout: KvLayout, most: usize) -> Self {
+        Self {
+            layout,
+            most: most.max(1),
+            blocks: Vec::new(),
+            places: Vec::new(),
+        }
+    }
+
+    /// Makes room for `rows` rows in the slot of a turn, and gives it a slot if it has none yet. Returns the bytes that a cache of the turn's own
+    /// would hold, which is what it takes of the pool's memory at most.
+    pub(crate) fn reserve(&mut self, key: &mut Option<Key>, rows: usize) -> Result<usize> {
+        let key = match *key {
+            Some(key) => key,
+            None => *key.insert(self.take()?),
+        };
+        let place = self.place(key)?;
+        self.grow_capacity(place.block, rows)?;
+        let capacity = rows
+            .next_power_of_two()
+            .max(FIRST_CAPACITY)
+            .min(self.layout.context);
+        Ok(self.layout.buffers * self.layout.heads * capacity * self.row())
+    }
+
+    /// The tensors of a run of one turn, and their shape; there must be room for its rows up to `rows`.
+    pub(crate) fn one(&mut self, key: Key, rows: usize) -> Result<(Vec<KvTensor<'_>>, [usize; 4])> {
+        let place = self.place(key)?;
+        self.note(place, rows);
+        Ok(self.tensors(place.block, place.slot, 1))
+    }
+
+    /// The tensors of a window, and their shape.
+    pub(crate) fn many(&mut self, window: &Window) -> (Vec<KvTensor<'_>>, [usize; 4]) {
+        for (offset, rider) in window.riders.iter().enumerate() {
+            let slot = &mut self.blocks[window.block].slots[window.first + offset];
+            slot.written = slot.written.max(rider.past + 1);
+            if rider.of.is_some() {
+                slot.len = slot.len.max(rider.past + 1);
+            }
+        }
+        self.tensors(window.block, window.first, window.riders.len())
+    }
+
+    /// The windows that hold these turns, of which each has the rows given and room for one more. Turns come down into free slots of earlier
+    /// blocks, and change places with idle ones that have ridden along for long or have no room for it.
+    pub(crate) fn windows(&mut self, turns: &[(Key, usize)]) -> Result<Vec<Window>> {
+        for &(key, rows) in turns {
+            if self.come_down(key, rows).is_err() {
+                // No memory to be closer to the others: it stays where it is.
+                break;
+            }
+        }
+        while self.blocks.len() > 1 && self.blocks.last().is_some_and(Block::is_free) {
+            self.blocks.pop();
+        }
+        let mut windows = Vec::new();
+        for block in 0..self.blocks.len() {
+            let mut window = self.window(block, turns)?;
+            let riding = window.riders.iter().filter(|rider| rider.of.is_none()).count();
+            if riding > 0 {
+                let room = self.blocks[block].capacity;
+                let full = window
+                    .riders
+                    .iter()
+                    .any(|rider| rider.of.is_none() && rider.past >= room);
+                let count = window.riders.len() - riding;
+                let rides = &mut self.blocks[block].rides;
+                *rides += riding;
+                if full || *rides > RIDES || riding > count {
+                    *rides = 0;
+                    self.bring_together(block, &window, count);
+                    window = self.window(block, turns)?;
+                }
+            }
+            if !window.riders.is_empty() {
+                windows.push(window);
+            }
+        }
+        Ok(windows)
+    }
+
+    /// Frees a turn's slot and wipes what was written there.
+    pub(crate) fn release(&mut self, key: Key) {
+        let Some(place) = self.places.get_mut(key).and_then(Option::take) else {
+            return;
+        };
+        self.wipe(place);
+        let block = &mut self.blocks[place.block];
+        block.slots[place.slot] = Slot::default();
+        if block.is_free() {
+            // What rode along may have left rows in slots that nobody had.
+            let (slots, capacity) = (block.slots.len(), block.capacity);
+            if place.block > 0 || slots * capacity > KEPT_ROWS {
+                *block = Block::default();
+            } else {
+                for slot in 0..slots {
+                    self.wipe(Place { slot, ..place });
+                }
+            }
+        }
+    }
+
+    /// Puts another cache's rows at the beginning of a turn's slot; there must be room for them.
+    pub(crate) fn fill(&mut self, key: Key, from: &KvCache) -> Result<()> {
+        let place = self.place(key)?;
+        self.note(place, from.len());
+        let (tensors, [_, _, capacity, _]) = self.tensors(place.block, place.slot, 1);
+        for (index, tensor) in tensors.into_iter().enumerate() {
+            if let KvTensor::Shared(bytes) = tensor {
+                from.copy_rows(index, bytes, capacity);
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of all buffers.
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        self.blocks
+            .iter()
+            .flat_map(|block| &block.buffers)
+            .map(|buffer| buffer.len() * 8)
+            .sum()
+    }
+
+    fn place(&self, key: Key) -> Result<Place> {
+        self.places.get(key).copied().flatten().ok_or_else(|| {
+            EngineError::Session("a turn has lost its place among the KV caches; please report this".into())
+        })
+    }
+
+    fn note(&mut self, place: Place, rows: usize) {
+        let slot = &mut self.blocks[place.block].slots[place.slot];
+        slot.len = slot.len.max(rows);
+        slot.written = slot.written.max(rows);
+    }
+
+    /// Bytes of one buffer's part of a slot.
+    fn slot_bytes(&self, block: usize) -> usize {
+        self.layout.heads * self.blocks[block].capacity * self.row()
+    }
+
+    /// Bytes of one head's row.
+    fn row(&self) -> usize {
+        self.layout.head_dim * self.layout.element_bytes
+    }
+
+    fn tensors(&mut self, block: usize, first: usize, count: usize) -> (Vec<KvTensor<'_>>, [usize; 4]) {
+        let bytes = self.slot_bytes(block);
+        let block = &mut self.blocks[block];
+        let shape = [count, self.layout.heads, block.capacity, self.layout.head_dim];
+        let tensors = block
+            .buffers
+            .iter_mut()
+            .map(|buffer| {
+                let all = bytemuck::cast_slice_mut::<u64, u8>(buffer);
+                KvTensor::Shared(&mut all[first * bytes..(first + count) * bytes])
+            })
+            .collect();
+        (tensors, shape)
+    }
+
+    /// A free slot, the first there is.
+    fn take(&mut self) -> Result<Key> {
+        let mut block = 0;
+        let slot = loop {
+            if block == self.blocks.len() {
+                self.blocks.push(Block::default());
+            }
+            if let Some(slot) = self.free_slot(block)? {
+                break slot;
+            }
+            block += 1;
+        };
+        let key = self
+            .places
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(self.places.len());
+        if key == self.places.len() {
+            self.places.push(None);
+        }
+        let place = Place { block, slot };
+        self.wipe(place);
+        self.places[key] = Some(place);
+        self.blocks[block].slots[slot] = Slot {
+            key: Some(key),
+            ..Slot::default()
+        };
+        Ok(key)
+    }
+
+    /// The first free slot of a block, which gets more slots if it may.
+    fn free_slot(&mut self, block: usize) -> Result<Option<usize>> {
+        let slots = &self.blocks[block].slots;
+        if let Some(slot) = slots.iter().position(|slot| slot.key.is_none()) {
+            return Ok(Some(slot));
+        }
+        let count = slots.len();
+        if count == self.most {
+            return Ok(None);
+        }
+        let capacity = self.blocks[block]
+            .capacity
+            .max(FIRST_CAPACITY.min(self.layout.context));
+        self.resize(block, (count * 2).clamp(1, self.most), capacity)?;
+        Ok(Some(count))
+    }
+
+    fn grow_capacity(&mut self, block: usize, rows: usize) -> Result<()> {
+        let found = &self.blocks[block];
+        if rows <= found.capacity {
+            return Ok(());
+        }
+        let capacity = rows.next_power_of_two().min(self.layout.context).max(rows);
+        self.resize(block, found.slots.len(), capacity)
+    }
+
+    /// Gives a block buffers of another size, with the rows that were written.
+    fn resize(&mut self, block: usize, slots: usize, capacity: usize) -> Result<()> {
+        let words = self
+            .layout
+            .buffer_bytes(capacity)
+            .and_then(|bytes| bytes.checked_mul(slots))
+            .ok_or_else(|| {
+                EngineError::Session(format!(
+                    "{slots} KV caches of {capacity} tokens are larger than this machine can address"
+                ))
+            })?
+            .div_ceil(8);
+        let (row, heads) = (self.row(), self.layout.heads);
+        let found = &mut self.blocks[block];
+        let mut grown = Vec::with_capacity(self.layout.buffers);
+        for index in 0..self.layout.buffers {
+            let mut new = zeroed_words(words)?;
+            if let Some(old) = found.buffers.get(index) {
+                let (from, to) = (
+                    bytemuck::cast_slice::<u64, u8>(old),
+                    bytemuck::cast_slice_mut::<u64, u8>(&mut new),
+                );
+                for (slot, held) in found.slots.iter().enumerate() {
+                    let used = held.written * row;
+                    for head in slot * heads..(slot + 1) * heads {
+                        to[head * capacity * row..][..used]
+                            .copy_from_slice(&from[head * found.capacity * row..][..used]);
+                    }
+                }
+            }
+            grown.push(new);
+        }
+        found.buffers = grown;
+        found.capacity = capacity;
+        found.slots.resize(slots, Slot::default());
+        Ok(())
+    }
+
+    fn wipe(&mut self, place: Place) {
+        let (row, heads) = (self.row(), self.layout.heads);
+        let block = &mut self.blocks[place.block];
+        let used = block.slots[place.slot].written * row;
+        for buffer in &mut block.buffers {
+            let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer);
+            for head in place.slot * heads..(place.slot + 1) * heads {
+                bytes[head * block.capacity * row..][..used].fill(0);
+            }
+        }
+        block.slots[place.slot].written = 0;
+    }
+
+    /// Moves a turn into a free slot of an earlier block, if there is one.
+    fn come_down(&mut self, key: Key, rows: usize) -> Result<()> {
+        let from = self.place(key)?;
+        for block in 0..from.block {
+            let Some(slot) = self.free_slot(block)? else {
+                continue;
+            };
+            let held = self.blocks[from.block].slots[from.slot];
+            self.grow_capacity(block, (rows + 1).max(held.len))?;
+            let to = Place { block, slot };
+            self.wipe(to);
+            let (row, heads, used) = (self.row(), self.layout.heads, held.len * self.row());
+            let (low, high) = self.blocks.split_at_mut(from.block);
+            let (target, source) = (&mut low[block], &high[0]);
+            for (new, old) in target.buffers.iter_mut().zip(&source.buffers) {
+                let (new, old) = (
+                    bytemuck::cast_slice_mut::<u64, u8>(new),
+                    bytemuck::cast_slice::<u64, u8>(old),
+                );
+                for head in 0..heads {
+                    new[(slot * heads + head) * target.capacity * row..][..used]
+                        .copy_from_slice(&old[(from.slot * heads + head) * source.capacity * row..][..used]);
+                }
+            }
+            target.slots[slot] = Slot {
+                key: Some(key),
+                len: held.len,
+                written: held.len,
+            };
+            self.wipe(from);
+            self.blocks[from.block].slots[from.slot] = Slot::default();
+            self.places[key] = Some(to);
+            break;
+        }
+        Ok(())
+    }
+
+    /// The slots of a block from the first to the last of these turns; without a rider when none of them is there.
+    fn window(&self, block: usize, turns: &[(Key, usize)]) -> Result<Window> {
+        let mut here = Vec::with_capacity(turns.len());
+        for (index, &(key, rows)) in turns.iter().enumerate() {
+            let place = self.place(key)?;
+            if place.block == block {
+                here.push((place.slot, index, rows));
+            }
+        }
+        here.sort_unstable();
+        let first = here.first().map_or(0, |first| first.0);
+        let mut riders = Vec::with_capacity(self.most);
+        for (slot, index, past) in here {
+            while first + riders.len() < slot {
+                let past = self.blocks[block].slots[first + riders.len()].len;
+                riders.push(Rider { of: None, past });
+            }
+            riders.push(Rider {
+                of: Some(index),
+                past,
+            });
+        }
+        Ok(Window { block, first, riders })
+    }
+
+    /// Puts the `count` turns of a window into the block's first slots.
+    fn bring_together(&mut self, block: usize, window: &Window, count: usize) {
+        let mut steps: Vec<bool> = vec![false; self.blocks[block].slots.len()];
+        for (offset, rider) in window.riders.iter().enumerate() {
+            steps[window.first + offset] = rider.of.is_some();
+        }
+        for slot in 0..count {
+            if !steps[slot]
+                && let Some(last) = steps.iter().rposition(|&stepping| stepping)
+                && last > slot
+            {
+                self.swap(block, slot, last);
+                steps.swap(slot, last);
+            }
+        }
+    }
+
+    /// Has two slots of a block change places.
+    fn swap(&mut self, block: usize, a: usize, b: usize) {
+        let (a, b) = (a.min(b), a.max(b));
+        let (row, heads) = (self.row(), self.layout.heads);
+        let block = &mut self.blocks[block];
+        let used = block.slots[a].written.max(block.slots[b].written) * row;
+        let slot_bytes = heads * block.capacity * row;
+        for buffer in &mut block.buffers {
+            let (low, high) = bytemuck::cast_slice_mut::<u64, u8>(buffer).split_at_mut(b * slot_bytes);
+            for head in 0..heads {
+                let at = head * block.capacity * row;
+                low[a * slot_bytes + at..][..used].swap_with_slice(&mut high[at..][..used]);
+            }
+        }
+        block.slots.swap(a, b);
+        for slot in [a, b] {
+            if let Some(key) = block.slots[slot].key
+                && let Some(place) = &mut self.places[key]
+            {
+                place.slot = slot;
+            }
+        }
+    }
+}
+
+impl Block {
+    fn is_free(&self) -> bool {
+        self.slots.iter().all(|slot| slot.key.is_none())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HEADS: usize = 2;
+    const CONTEXT: usize = 700;
+
+    fn layout() -> KvLayout {
+        KvLayout {
+            buffers: 2,
+            heads: HEADS,
+            head_dim: 4,
+            element_bytes: 2,
+            context: CONTEXT,
+            shared: true,
+        }
+    }
+
+    /// A turn as its session knows it.
+    #[derive(Debug)]
+    struct Turn {
+        key: Option<Key>,
+        len: usize,
+        name: usize,
+    }
+
+    fn mark(turn: usize, buffer: usize, head: usize, row: usize) -> u8 {
+        u8::try_from((turn * 83 + buffer * 50 + head * 17 + row) % 251 + 1).unwrap()
+    }
+
+    /// What attention does: writes `count` rows behind those of each row of the batch.
+    fn write(tensors: Vec<KvTensor<'_>>, shape: [usize; 4], rows: &[(Option<usize>, usize)], count: usize) {
+        let [batch, heads, capacity, _] = shape;
+        assert_eq!((batch, heads), (rows.len(), HEADS));
+        for (b, tensor) in tensors.into_iter().enumerate() {
+            let KvTensor::Shared(bytes) = tensor else { panic!() };
+            assert_eq!(bytes.len(), batch * heads * capacity * 8);
+            for (index, &(turn, past)) in rows.iter().enumerate() {
+                assert!(past + count <= capacity, "no room for row {past} of {capacity}");
+                for head in 0..heads {
+                    for row in past..past + count {
+                        let value = turn.map_or(255, |turn| mark(turn, b, head, row));
+                        bytes[((index * heads + head) * capacity + row) * 8..][..8].fill(value);
+                    }
+                }
+            }
+        }
+    }
+
+    fn check(pool: &mut KvPool, turns: &[Turn]) {
+        for turn in turns {
+            let Some(key) = turn.key else { continue };
+            let (tensors, [_, heads, capacity, _]) = pool.one(key, turn.len).unwrap();
+            for (b, tensor) in tensors.into_iter().enumerate() {
+                let KvTensor::Shared(bytes) = tensor else { panic!() };
+                for head in 0..heads {
+                    for row in 0..turn.len {
+                        assert_eq!(
+                            bytes[(head * capacity + row) * 8..][..8],
+                            [mark(turn.name, b, head, row); 8],
+                            "turn {}, buffer {b}, head {head}, row {row} of {}",
+                            turn.name,
+                            turn.len
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn chunk(pool: &mut KvPool, turn: &mut Turn, count: usize) {
+        pool.reserve(&mut turn.key, turn.len + count).unwrap();
+        let (tensors, shape) = pool.one(turn.key.unwrap(), turn.len + count).unwrap();
+        write(tensors, shape, &[(Some(turn.name), turn.len)], count);
+        turn.len += count;
+    }
+
+    /// Returns how many rows the step had, idle ones too.
+    fn step(pool: &mut KvPool, turns: &mut [Turn], of: &[usize]) -> usize {
+        let mut keys = Vec::new();
+        for &index in of {
+            let turn = &mut turns[index];
+            pool.reserve(&mut turn.key, turn.len + 1).unwrap();
+            keys.push((turn.key.unwrap(), turn.len));
+        }
+        let windows = pool.windows(&keys).unwrap();
+        let mut seen: Vec<usize> = windows
+            .iter()
+            .flat_map(|window| window.riders.iter().filter_map(|rider| rider.of))
+            .collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..of.len()).collect::<Vec<_>>());
+        let mut all = 0;
+        for window in windows {
+            let rows: Vec<_> = window
+                .riders
+                .iter()
+                .map(|rider| (rider.of.map(|of_| turns[of[of_]].name), rider.past))
+                .collect();
+            all += rows.len();
+            assert!(rows.len() <= pool.most);
+            let (tensors, shape) = pool.many(&window);
+            write(tensors, shape, &rows, 1);
+        }
+        for &index in of {
+            turns[index].len += 1;
+        }
+        all
+    }
+
+    #[derive(Debug, Clone)]
+    enum Move {
+        Begin(usize),
+        Chunk(usize, usize),
+        Step(Vec<bool>),
+        TakeBack(usize, usize),
+        End(usize),
+    }
+
+    fn moves() -> impl Strategy<Value = Vec<Move>> {
+        let turn = 0..12_usize;
+        prop::collection::vec(
+            prop_oneof![
+                3 => (1..40_usize).prop_map(Move::Begin),
+                2 => (turn.clone(), 1..300_usize).prop_map(|(turn, count)| Move::Chunk(turn, count)),
+                6 => prop::collection::vec(any::<bool>(), 12).prop_map(Move::Step),
+                1 => (turn.clone(), 0..30_usize).prop_map(|(turn, count)| Move::TakeBack(turn, count)),
+                2 => turn.prop_map(Move::End),
+            ],
+            1..60,
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn every_turn_keeps_its_rows_whatever_the_others_do(moves in moves(), most in 1..7_usize) {
+            let mut pool = KvPool::new(layout(), most);
+            let (mut turns, mut names) = (Vec::<Turn>::new(), 0);
+            for one in moves {
+                let count = turns.len().max(1);
+                match one {
+                    Move::Begin(tokens) if turns.len() < 12 => {
+                        turns.push(Turn { key: None, len: 0, name: names });
+                        names += 1;
+                        chunk(&mut pool, turns.last_mut().unwrap(), tokens);
+                    }
+                    Move::Chunk(turn, tokens) => {
+                        if let Some(turn) = turns.get_mut(turn % count) {
+                            let tokens = tokens.min(CONTEXT - turn.len);
+                            chunk(&mut pool, turn, tokens);
+                        }
+                    }
+                    Move::Step(who) => {
+                        let of: Vec<usize> =
+                            (0..turns.len()).filter(|&i| who[i] && turns[i].len < CONTEXT).collect();
+                        for of in of.chunks(most) {
+                            step(&mut pool, &mut turns, of);
+                        }
+                    }
+                    Move::TakeBack(turn, tokens) => {
+                        if let Some(turn) = turns.get_mut(turn % count) {
+                            turn.len -= tokens.min(turn.len);
+                        }
+                    }
+                    Move::End(turn) if !turns.is_empty() => {
+                        let turn = turns.swap_remove(turn % count);
+                        if let Some(key) = turn.key {
+                            pool.release(key);
+                        }
+                    }
+                    Move::Begin(_) | Move::End(_) => {}
+                }
+                check(&mut pool, &turns);
+            }
+            for turn in turns {
+                pool.release(turn.key.unwrap());
+            }
+            prop_assert!(pool.blocks.iter().flat_map(|block| &block.buffers).flatten().all(|&word| word == 0));
+            prop_assert!(pool.places.iter().all(Option::is_none));
+        }
+    }
+
+    fn begun(pool: &mut KvPool, count: usize, tokens: usize) -> Vec<Turn> {
+        let mut turns = Vec::new();
+        for name in 0..count {
+            turns.push(Turn {
+                key: None,
+                len: 0,
+                name,
+            });
+            chunk(pool, &mut turns[name], tokens);
+        }
+        turns
+    }
+
+    #[test]
+    fn turns_that_step_together_lie_together_after_a_few_steps() {
+        let mut pool = KvPool::new(layout(), 16);
+        let mut turns = begun(&mut pool, 16, 5);
+        // Half of them stop, every second one, and stay in the middle of their turns.
+        let of: Vec<usize> = (0..16).step_by(2).collect();
+        let widths: Vec<usize> = (0..6).map(|_| step(&mut pool, &mut turns, &of)).collect();
+        assert_eq!(widths.last(), Some(&8), "{widths:?}");
+        check(&mut pool, &turns);
+        // The other half steps: neither has to move again.
+        let of: Vec<usize> = (1..16).step_by(2).collect();
+        assert_eq!(step(&mut pool, &mut turns, &of), 8);
+        check(&mut pool, &turns);
+    }
+
+    #[test]
+    fn a_full_turn_does_not_ride_along() {
+        let mut pool = KvPool::new(layout(), 4);
+        let mut turns = begun(&mut pool, 3, 5);
+        let full = CONTEXT - turns[1].len;
+        chunk(&mut pool, &mut turns[1], full);
+        step(&mut pool, &mut turns, &[0, 2]);
+        check(&mut pool, &turns);
+    }
+
+    #[test]
+    fn a_step_allocates_nothing_and_buffers_grow_by_doubling() {
+        let mut pool = KvPool::new(layout(), 4);
+        let mut turns = begun(&mut pool, 4, 1);
+        let mut sizes = vec![pool.bytes()];
+        let mut at = Vec::new();
+        for _ in 0..600 {
+            step(&mut pool, &mut turns, &[0, 1, 2, 3]);
+            at.push(pool.blocks[0].buffers[0].as_ptr() as usize);
+            sizes.push(pool.bytes());
+        }
+        sizes.dedup();
+        at.dedup();
+        let row = 2 * 4 * HEADS * 4 * 2;
+        assert_eq!(sizes, [256 * row, 512 * row, 700 * row]);
+        assert_eq!(at.len(), 3);
+        check(&mut pool, &turns);
+    }
+
+    #[test]
+    fn a_slot_of_one_is_another_ones_only_after_it_was_wiped() {
+        let mut pool = KvPool::new(layout(), 2);
+        let mut turns = begun(&mut pool, 2, 50);
+        pool.release(turns[0].key.unwrap());
+        let mut key = None;
+        pool.reserve(&mut key, 60).unwrap();
+        let (tensors, _) = pool.one(key.unwrap(), 0).unwrap();
+        for tensor in tensors {
+            let KvTensor::Shared(bytes) = tensor else { panic!() };
+            assert!(bytes.iter().all(|&byte| byte == 0));
+        }
+        turns.remove(0);
+        check(&mut pool, &turns);
+    }
+
+    #[test]
+    fn many_turns_free_their_memory_when_the_last_one_ends() {
+        let mut pool = KvPool::new(layout(), 4);
+        let turns = begun(&mut pool, 10, 600);
+        assert!(pool.blocks.len() == 3);
+        for turn in turns {
+            pool.release(turn.key.unwrap());
+        }
+        assert!(
+            pool.bytes() <= KEPT_ROWS * 2 * HEADS * 8,
+            "{} bytes",
+            pool.bytes()
+        );
+    }
+}

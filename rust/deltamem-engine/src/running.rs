@@ -1,0 +1,370 @@
+//! Running a model's graph for its sessions: a chunk of one session by itself, or one token of each of several in one step. It puts the
+//! rows of a step together and takes its results apart; when anybody runs is decided in [`crate::schedule`], where keys and values lie is
+//! known in [`crate::pool`].
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+
+use crate::error::{EngineError, Result};
+use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
+use crate::memory::MemoryView;
+use crate::model::Model;
+use crate::pool::{KvPool, Window};
+use crate::schedule::Seat;
+use crate::turn::{Pooled, TurnCache, TurnTensors};
+
+/// What is used by one run at a time.
+#[derive(Debug)]
+pub(crate) struct Works {
+    pub(crate) graph: Graph,
+    pub(crate) pool: KvPool,
+    steps: Steps,
+}
+
+/// The inputs and outputs of a step of several rows, kept from step to step.
+#[derive(Debug, Default)]
+struct Steps {
+    tokens: Vec<i32>,
+    past: Vec<usize>,
+    write: Vec<bool>,
+    rows: Vec<i64>,
+    past_memory: Vec<f32>,
+    present_memory: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+/// How many runs there were, and of what.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    /// Steps: runs of one token of each of their rows.
+    steps: AtomicU64,
+    /// Rows in them.
+    rows: AtomicU64,
+    /// Rows of idle slots that rode along.
+    idle: AtomicU64,
+    /// The most rows in one.
+    largest: AtomicU64,
+    /// Runs of one session's chunk by itself.
+    chunks: AtomicU64,
+}
+
+/// How many runs a model has made since it was loaded, and of what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunStats {
+    /// Steps of the decoder, each with one token of every session that was in it.
+    pub steps: u64,
+    /// Tokens read in those steps.
+    pub step_tokens: u64,
+    /// Rows of those steps that stood for nobody.
+    pub idle_rows: u64,
+    /// The most sessions in one step.
+    pub largest_step: u64,
+    /// Runs of one session by itself: chunks of prompts, and single tokens where the model takes no batches.
+    pub chunks: u64,
+}
+
+/// One chunk of one session: what it reads and where the results go.
+pub(crate) struct Chunk<'a> {
+    /// Token ids, checked: at least one, at most [`CHUNK_TOKENS`](crate::model::CHUNK_TOKENS).
+    pub(crate) tokens: &'a [i32],
+    /// Whether each of these tokens writes the memory.
+    pub(crate) write: bool,
+    /// The spans that this run gathers for or writes, in a span bundle.
+    pub(crate) spans: Option<ChunkSpans<'a>>,
+    /// Whether every token's logits are wanted, or the last one's.
+    pub(crate) all_logits: bool,
+    /// The state before, float32 [layers, heads, r, r].
+    pub(crate) past_memory: &'a [f32],
+    /// Where the state after goes.
+    pub(crate) present_memory: &'a mut [f32],
+    /// What the turn carries.
+    pub(crate) turn: &'a mut TurnCache,
+    /// What the corrections are multiplied by; other than 1 it takes the measured graph.
+    pub(crate) strength: f32,
+    /// Where the logits go, float32 [rows, vocab].
+    pub(crate) logits: &'a mut [f32],
+    /// What else is wanted.
+    pub(crate) measures: Measures<'a>,
+}
+
+/// One session's token in a step. It owns what the run needs, because the thread of another session may run it.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub(crate) token: i32,
+    pub(crate) write: bool,
+    /// The state before, float32 [layers, heads, r, r].
+    pub(crate) past_memory: MemoryView,
+    /// Where the state after goes; nobody else holds it.
+    pub(crate) present_memory: MemoryView,
+    /// Where the logits go, float32 [vocab].
+    pub(crate) logits: Vec<f32>,
+    pub(crate) place: Pooled,
+    /// What became of it.
+    pub(crate) outcome: Outcome,
+}
+
+/// What became of a row.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Nothing yet. It stays so when a run panics.
+    Waiting,
+    /// It was run: the state after, the logits and the cache are written.
+    Run,
+    /// It was not, or failed.
+    Failed(EngineError),
+}
+
+impl Works {
+    pub(crate) fn new(graph: Graph, pool: KvPool) -> Self {
+        Self {
+            graph,
+            pool,
+            steps: Steps::default(),
+        }
+    }
+
+    /// Lets go of the slots of turns that ended while somebody was running.
+    pub(crate) fn clear_released(&mut self, model: &Model) {
+        let mut released = model.released.lock();
+        for key in released.drain(..) {
+            self.pool.release(key);
+        }
+    }
+}
+
+impl Model {
+    /// Runs one chunk, when its turn comes. On an error nothing but the chunk's own output buffers was touched.
+    pub(crate) fn run_chunk(&self, seat: &mut Seat<Row>, chunk: Chunk<'_>) -> Result<()> {
+        let measured = if chunk.measures.any() || !as_trained(chunk.strength) {
+            Some(self.measured()?)
+        } else {
+            None
+        };
+        self.schedule.alone(seat, || {
+            self.counters.chunks.fetch_add(1, Ordering::Relaxed);
+            let mut works = self.works.lock();
+            works.clear_released(self);
+            let Works { graph, pool, .. } = &mut *works;
+            let past = chunk.turn.len();
+            let run = Run {
+                tokens: chunk.tokens,
+                past: &[past],
+                write: &[chunk.write],
+                spans: chunk.spans,
+                rows: if chunk.all_logits { Rows::All } else { Rows::Last },
+                past_memory: chunk.past_memory,
+                present_memory: chunk.present_memory,
+                turn: chunk.turn.tensors(pool, chunk.tokens.len())?,
+                strength: chunk.strength,
+                logits: chunk.logits,
+                measures: chunk.measures,
+            };
+            let done = match measured {
+                None => graph.run(self, run),
+                Some(measured) => measured
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .run(self, run),
+            };
+            works.clear_released(self);
+            done
+        })
+    }
+
+    /// Runs a row, together with those of other sessions that step at the time, and returns it with what became of it. `streaming` says
+    /// that more will follow at once, as in a reply.
+    pub(crate) fn run_row(&self, seat: &mut Seat<Row>, row: Row, streaming: bool) -> Option<Row> {
+        self.schedule
+            .step(seat, row, streaming, |rows| self.run_rows(rows))
+    }
+
+    /// Runs the rows of a step.
+    fn run_rows(&self, rows: &mut [Row]) {
+        let mut works = self.works.lock();
+        works.clear_released(self);
+        for row in &mut *rows {
+            let room = row.place.len + 1;
+            match works.pool.reserve(&mut row.place.key, room) {
+                Ok(bytes) => row.place.bytes = bytes,
+                Err(error) => row.outcome = Outcome::Failed(error),
+            }
+        }
+        let (at, turns): (Vec<_>, Vec<_>) = rows
+            .iter()
+            .enumerate()
+            .filter(|(_, row)| matches!(row.outcome, Outcome::Waiting))
+            .filter_map(|(index, row)| row.place.key.map(|key| (index, (key, row.place.len))))
+            .unzip();
+        if at.len() == 1 || self.unbatched.get().is_some() {
+            for index in at {
+                self.run_one(&mut works, &mut rows[index]);
+            }
+        } else {
+            match works.pool.windows(&turns) {
+                Ok(windows) => {
+                    for window in windows {
+                        self.run_window(&mut works, &window, &at, rows);
+                    }
+                }
+                Err(error) => {
+                    for index in at {
+                        rows[index].outcome = Outcome::Failed(error.again());
+                    }
+                }
+            }
+        }
+        works.clear_released(self);
+    }
+
+    /// Runs the rows of a window at once. Where that fails each of them runs by itself, so that none pays for another.
+    fn run_window(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) {
+        let indices = window.riders.iter().filter_map(|rider| rider.of).map(|of| at[of]);
+        if window.riders.len() == 1 {
+            for index in indices {
+                self.run_one(works, &mut rows[index]);
+            }
+            return;
+        }
+        match self.run_together(works, window, at, rows) {
+            Ok(()) => {
+                for index in indices {
+                    rows[index].outcome = Outcome::Run;
+                }
+            }
+            Err(error) => {
+                let mut some = false;
+                for index in indices {
+                    self.run_one(works, &mut rows[index]);
+                    some |= matches!(rows[index].outcome, Outcome::Run);
+                }
+                if some {
+                    // What each can do alone and all together cannot is the graph's limit, not a row's fault.
+                    let why = format!(
+                        "ONNX Runtime refused a step of several sessions, so they run one after another: {error}"
+                    );
+                    self.unbatched.get_or_init(|| why);
+                }
+            }
+        }
+    }
+
+    fn run_together(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) -> Result<()> {
+        let Works { graph, pool, steps } = works;
+        let (numbers, vocab) = (self.geometry().elements(), self.vocab());
+        let batch = window.riders.len();
+        steps.tokens.clear();
+        steps.past.clear();
+        steps.write.clear();
+        steps.rows.clear();
+        steps.past_memory.clear();
+        for (number, rider) in window.riders.iter().enumerate() {
+            steps.past.push(rider.past);
+            if let Some(of) = rider.of {
+                let row = &rows[at[of]];
+                steps.tokens.push(row.token);
+                steps.write.push(row.write);
+                steps.rows.push(i64::try_from(number).unwrap_or(i64::MAX));
+                steps.past_memory.extend_from_slice(&row.past_memory);
+            } else {
+                steps.tokens.push(0);
+                steps.write.push(false);
+                steps.past_memory.resize(steps.past_memory.len() + numbers, 0.0);
+            }
+        }
+        steps.present_memory.resize(batch * numbers, 0.0);
+        steps.logits.resize(steps.rows.len() * vocab, 0.0);
+        let (kv, shape) = pool.many(window);
+        graph.run(
+            self,
+            Run {
+                tokens: &steps.tokens,
+                past: &steps.past,
+                write: &steps.write,
+                spans: None,
+                rows: Rows::These(&steps.rows),
+                past_memory: &steps.past_memory,
+                present_memory: &mut steps.present_memory,
+                turn: TurnTensors {
+                    kv,
+                    shapes: [shape, shape],
+                    states: Vec::new(),
+                },
+                strength: 1.0,
+                logits: &mut steps.logits,
+                measures: Measures::default(),
+            },
+        )?;
+        self.counters.count(steps.rows.len(), batch);
+        let mut logits = steps.logits.chunks_exact(vocab);
+        for (rider, state) in window
+            .riders
+            .iter()
+            .zip(steps.present_memory.chunks_exact(numbers))
+        {
+            let Some(of) = rider.of else { continue };
+            let row = &mut rows[at[of]];
+            Arc::get_mut(&mut row.present_memory)
+                .ok_or_else(held)?
+                .copy_from_slice(state);
+            if let Some(logits) = logits.next() {
+                row.logits.copy_from_slice(logits);
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one row by itself, where it lies.
+    fn run_one(&self, works: &mut Works, row: &mut Row) {
+        self.counters.count(1, 1);
+        row.outcome = match self.try_one(works, row) {
+            Ok(()) => Outcome::Run,
+            Err(error) => Outcome::Failed(error),
+        };
+    }
+
+    fn try_one(&self, works: &mut Works, row: &mut Row) -> Result<()> {
+        let Works { graph, pool, .. } = works;
+        graph.run(
+            self,
+            Run {
+                tokens: &[row.token],
+                past: &[row.place.len],
+                write: &[row.write],
+                spans: None,
+                rows: Rows::Last,
+                past_memory: &row.past_memory,
+                present_memory: Arc::get_mut(&mut row.present_memory).ok_or_else(held)?,
+                turn: row.place.tensors(pool, 1)?,
+                strength: 1.0,
+                logits: &mut row.logits,
+                measures: Measures::default(),
+            },
+        )
+    }
+
+    /// How many runs there were so far, and of what.
+    pub fn run_stats(&self) -> RunStats {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        RunStats {
+            steps: of(&self.counters.steps),
+            step_tokens: of(&self.counters.rows),
+            idle_rows: of(&self.counters.idle),
+            largest_step: of(&self.counters.largest),
+            chunks: of(&self.counters.chunks),
+        }
+    }
+}
+
+impl Counters {
+    fn count(&self, rows: usize, batch: usize) {
+        let (rows, batch) = (rows as u64, batch as u64);
+        self.steps.fetch_add(1, Ordering::Relaxed);
+        self.rows.fetch_add(rows, Ordering::Relaxed);
+        self.idle.fetch_add(batch - rows, Ordering::Relaxed);
+        self.largest.fetch_max(rows, Ordering::Relaxed);
+    }
+}
+
+fn held() -> EngineError {
+    EngineError::Session("a memory buffer is held where none should be; please report this".into())
+}

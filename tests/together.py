@@ -1,0 +1,57 @@
+"""Several calls at the same time, each in a thread of its own; and sessions that step together even where a step takes no time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    import deltamem_rt as dm
+
+
+def together(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each job returns, or the exception that it raised; all of them begin at the same time."""
+    results: list[Any] = [None] * len(jobs)
+    start = threading.Barrier(len(jobs))
+
+    def run(index: int) -> None:
+        start.wait()
+        try:
+            results[index] = jobs[index]()
+        except BaseException as error:  # a failed assertion must not end its thread in silence
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a session waits for ever"
+    return results
+
+
+def beside_prompts(model: dm.Model, prompt: np.ndarray, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The same while another session reads prompts: steps queue behind its chunks, and so leave together."""
+    left, all_done = [len(jobs)], threading.Event()
+
+    def counted(job: Callable[[], Any]) -> Any:
+        try:
+            return job()
+        finally:
+            left[0] -= 1
+            if left[0] == 0:
+                all_done.set()
+
+    prompt = prompt[: model.context_length]
+
+    def prompts() -> None:
+        while not all_done.is_set():
+            with model.session() as session:
+                session.feed(prompt, write=False)
+
+    *results, reading = together([*(lambda j=job: counted(j) for job in jobs), prompts])
+    assert reading is None, reading
+    return results

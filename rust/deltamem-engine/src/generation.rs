@@ -68,6 +68,8 @@ pub struct GenerationStats {
     pub decode_time: Duration,
     /// Why it ended; `None` while it goes on.
     pub finish_reason: Option<FinishReason>,
+    /// The graph that it ran on: `fused` or `portable`.
+    pub graph: &'static str,
     /// |corrections| / |what they correct| over all tokens read, when measured.
     pub delta_ratio: Option<f64>,
 }
@@ -157,6 +159,11 @@ impl Generation {
             stops: StopScanner::new(options.stop.clone()),
             stats: GenerationStats {
                 prompt_tokens: prompt.len(),
+                graph: if options.measure {
+                    "portable"
+                } else {
+                    session.graph()
+                },
                 ..GenerationStats::default()
             },
             prompt,

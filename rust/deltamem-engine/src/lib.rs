@@ -14,6 +14,7 @@ pub mod health;
 mod kv;
 pub mod memory;
 pub mod model;
+mod operator;
 pub mod prompt;
 pub mod runtime;
 pub mod sampling;
@@ -25,7 +26,8 @@ mod turn;
 
 pub use error::EngineError;
 pub use generation::{FinishReason, Generation, GenerationOptions, GenerationStats};
-pub use model::{Device, LoadOptions, Model};
+pub use model::{Device, GraphChoice, LoadOptions, Model};
+pub use operator::kernel_instructions;
 pub use runtime::Runtime;
 pub use session::{FeedOptions, Session};
 pub use spans::Spans;

@@ -117,14 +117,15 @@ def last_run(events: list[dict]) -> Counter[str]:
 def bare(backbone: Path, folder: Path) -> Counter[str]:
     """The nodes of a decode step of the backbone without a memory."""
     folder.mkdir()
-    path = build(Backbone.load(backbone), folder, Precision("fp32"))
+    body = Backbone.load(backbone)
+    path = build(body, folder, Precision("fp32"))
     options = ort.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     options.log_severity_level = 3
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feeds = {
-        value.name: np.zeros([1 if isinstance(d, str) else d for d in value.shape], np.float32)
+        value.name: np.zeros((1, body.geometry.num_kv_heads, 1, body.geometry.head_dim), np.float32)
         for value in session.get_inputs()
         if value.name.startswith("past_key_values")
     }
@@ -248,7 +249,7 @@ def constant_of(at: int, shape: tuple[int, ...]) -> Callable[[ir.Graph, ir.Node]
 
 
 SPOILT = {
-    "a rank that is not the weights'": (attribute("rank", 7), "gate_bias holds|networks holds"),
+    "a rank that is not the weights'": (attribute("rank", 7), "corrections holds"),
     "a rank of none": (attribute("rank", 0), "rank is 0"),
     "more heads than memory": (attribute("heads", 1 << 40), "heads is"),
     "a negative layer": (attribute("layer", -1), "layer is -1"),
@@ -261,7 +262,7 @@ SPOILT = {
     "columns outside of the constant": (attribute("corrections", [1, 1 << 40, 32, 0]), "does not lie in"),
     "half a correction": (attribute("corrections", [1, 0, 32]), "hold 3 and 3 numbers"),
     "parts of two": (attribute("splits", [32, 32]), "hold 2 and"),
-    "networks of another width": (constant_of(3, (5, 3)), "networks holds"),
+    "networks of another width": (constant_of(3, (5, 3)), "hidden holds 0"),
     "no gates": (constant_of(4, (0,)), "gate_bias holds 0 numbers"),
     "a norm of another width": (constant_of(11, (5,)), "a norm of heads"),
     "a layer that the memory does not have": (

@@ -366,7 +366,8 @@ def _only(value: ir.Value, op: str) -> ir.Node | None:
 def _sizes(reshape: ir.Node | None) -> list[int]:
     """What a Reshape makes, where that is a constant."""
     shape = reshape.inputs[1] if reshape is not None else None
-    return [] if shape is None or shape.const_value is None else [int(n) for n in shape.const_value.numpy()]
+    tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
+    return [] if tensor is None else [int(n) for n in tensor.numpy()]
 
 
 def _depends(value: ir.Value, on: set[str]) -> bool:

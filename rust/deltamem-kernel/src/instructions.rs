@@ -1,5 +1,6 @@
 //! Which vector instructions the processor has. Work that is written once, in plain loops, is compiled for each set that is worth it and
-//! runs as the best one; nothing is built for one machine.
+//! runs as the best one; nothing is built for one machine. AVX-512 is not among them: a decode step waits for memory, and the products of a
+//! prefill are too small a part of it to pay for the wheel's bytes.
 
 use std::fmt;
 
@@ -13,8 +14,6 @@ enum Set {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
 }
 
 impl Instructions {
@@ -29,9 +28,6 @@ impl Instructions {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             found.push(Self(Set::Avx2));
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-                found.push(Self(Set::Avx512));
-            }
         }
         found
     }
@@ -45,8 +41,6 @@ impl Instructions {
             Set::Baseline => "baseline",
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => "avx2+fma",
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => "avx512",
         }
     }
 
@@ -61,9 +55,6 @@ impl Instructions {
             // SAFETY: `available` is the only place that makes this set, and has found these features in this processor.
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => unsafe { with_avx2(work) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => unsafe { with_avx512(work) },
         }
     }
 }
@@ -85,12 +76,6 @@ pub(crate) trait Work {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn with_avx2<W: Work>(work: W) -> W::Output {
-    work.run::<Fused>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512vl")]
-fn with_avx512<W: Work>(work: W) -> W::Output {
     work.run::<Fused>()
 }
 

@@ -7,6 +7,8 @@ use crate::instructions::Arithmetic;
 /// Columns of a panel, and of the narrow panels at the end.
 const WIDE: usize = 32;
 const NARROW: usize = 8;
+/// Numbers of a vector register.
+const LANES: usize = 8;
 
 /// A matrix [inner, columns] in panels of 32 columns and then of 8, each [inner, width]; the last one is filled up with zeros.
 #[derive(Debug)]
@@ -111,58 +113,84 @@ impl Panels {
             let panel = &numbers[self.inner * first..][..self.inner * width];
             let columns = first..(first + width).min(self.columns);
             if width == WIDE {
-                self.multiply_panel::<A, S, WIDE>(panel, x, columns, into);
+                self.multiply_panel::<A, S, { WIDE / LANES }>(panel, x, columns, into);
             } else {
-                self.multiply_panel::<A, S, NARROW>(panel, x, columns, into);
+                self.multiply_panel::<A, S, { NARROW / LANES }>(panel, x, columns, into);
             }
         }
     }
 
     #[inline(always)]
     #[allow(clippy::inline_always)]
-    fn multiply_panel<A: Arithmetic, S: Stored, const W: usize>(
+    fn multiply_panel<A: Arithmetic, S: Stored, const V: usize>(
         &self,
         panel: &[S],
         x: &[f32],
         columns: std::ops::Range<usize>,
         into: &mut Into<'_>,
     ) {
-        let (steps, _) = panel.as_chunks::<W>();
-        let mut put = |row: usize, sums: &[f32; W]| {
-            let out = &mut into.values[row * into.stride + into.start..][columns.clone()];
-            if into.add {
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    *out += sum;
-                }
-            } else {
-                out.copy_from_slice(&sums[..out.len()]);
-            }
-        };
-        let mut rows = x.chunks_exact(2 * self.inner);
+        let (eights, _) = panel.as_chunks::<LANES>();
+        let mut pairs = x.chunks_exact(2 * self.inner);
         let mut row = 0;
-        for two in &mut rows {
-            let (a, b) = two.split_at(self.inner);
-            let (mut sums, mut others) = ([0.0_f32; W], [0.0_f32; W]);
-            for ((step, &a), &b) in steps.iter().zip(a).zip(b) {
-                for lane in 0..W {
-                    let weight = step[lane].wide();
-                    sums[lane] = A::multiply_add(a, weight, sums[lane]);
-                    others[lane] = A::multiply_add(b, weight, others[lane]);
+        for pair in &mut pairs {
+            let (a, b) = pair.split_at(self.inner);
+            let (mut sums, mut others) = ([[0.0; LANES]; V], [[0.0; LANES]; V]);
+            for ((step, &a), &b) in eights.chunks_exact(V).zip(a).zip(b) {
+                for v in 0..V {
+                    let weights = wide(&step[v]);
+                    add::<A>(a, &weights, &mut sums[v]);
+                    add::<A>(b, &weights, &mut others[v]);
                 }
             }
-            put(row, &sums);
-            put(row + 1, &others);
+            put(into, row, &columns, &sums);
+            put(into, row + 1, &columns, &others);
             row += 2;
         }
-        if !rows.remainder().is_empty() {
-            let mut sums = [0.0_f32; W];
-            for (step, &a) in steps.iter().zip(rows.remainder()) {
-                for lane in 0..W {
-                    sums[lane] = A::multiply_add(a, step[lane].wide(), sums[lane]);
+        if !pairs.remainder().is_empty() {
+            let mut sums = [[0.0; LANES]; V];
+            for (step, &a) in eights.chunks_exact(V).zip(pairs.remainder()) {
+                for v in 0..V {
+                    add::<A>(a, &wide(&step[v]), &mut sums[v]);
                 }
             }
-            put(row, &sums);
+            put(into, row, &columns, &sums);
         }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn wide<S: Stored>(stored: &[S; LANES]) -> [f32; LANES] {
+    let mut weights = [0.0; LANES];
+    for lane in 0..LANES {
+        weights[lane] = stored[lane].wide();
+    }
+    weights
+}
+
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn add<A: Arithmetic>(x: f32, weights: &[f32; LANES], sums: &mut [f32; LANES]) {
+    for lane in 0..LANES {
+        sums[lane] = A::multiply_add(x, weights[lane], sums[lane]);
+    }
+}
+
+/// Puts a row's sums, of the panel over `columns`, where they go. Not taken in: the sums are better kept in registers until here.
+fn put<const V: usize>(
+    into: &mut Into<'_>,
+    row: usize,
+    columns: &std::ops::Range<usize>,
+    sums: &[[f32; LANES]; V],
+) {
+    let out = &mut into.values[row * into.stride + into.start..][columns.clone()];
+    let sums = sums.as_flattened();
+    if into.add {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out += sum;
+        }
+    } else {
+        out.copy_from_slice(&sums[..out.len()]);
     }
 }
 

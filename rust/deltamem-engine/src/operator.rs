@@ -5,7 +5,6 @@
 mod tensors;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use deltamem_core::{Gates, UpdateMode};
@@ -49,8 +48,8 @@ const OUTPUTS: usize = 6;
 const MOST_TARGETS: usize = 4;
 
 /// The domain with its operator, for one session.
-pub(crate) fn domain() -> ort::Result<Arc<OperatorDomain>> {
-    Ok(Arc::new(OperatorDomain::new(DOMAIN)?.add(MemoryLayer)?))
+pub(crate) fn domain() -> ort::Result<OperatorDomain> {
+    OperatorDomain::new(DOMAIN)?.add(MemoryLayer)
 }
 
 /// The vector instructions that the operator computes with on this processor.
@@ -94,7 +93,7 @@ impl Operator for MemoryLayer {
         })
     }
 
-    fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<MemoryKernel> {
+    fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<MemoryKernel> {
         guarded(|| {
             MemoryKernel::new(context).map_err(|what| {
                 let node = context.node_name().unwrap_or_default();

@@ -47,7 +47,7 @@ pub struct Settings {
     pub storage: Storage,
 }
 
-/// A correction W_Δ of a target, as columns of one matrix that holds those of all of them.
+/// A correction `W_Δ` of a target, as columns of one matrix that holds those of all of them.
 #[derive(Debug, Clone, Copy)]
 pub struct Correction<'a> {
     /// The matrix, [H·r, stride].
@@ -67,7 +67,7 @@ pub struct Correction<'a> {
 /// An RMS norm of every head of a target, behind its corrections.
 #[derive(Debug, Clone)]
 pub struct HeadNorm {
-    /// Its weights, [head_dim].
+    /// Its weights, one for each number of a head.
     pub weights: Vec<f32>,
     /// Its epsilon.
     pub epsilon: f32,
@@ -682,6 +682,7 @@ impl Work for Product<'_> {
     type Output = ();
 
     #[inline(always)]
+    #[allow(clippy::inline_always)] // see `instructions::Work`
     fn run<A: Arithmetic>(self) {
         let stride = self.weights.columns();
         self.weights.multiply::<A>(
@@ -708,6 +709,7 @@ impl Work for Scan<'_, '_> {
     type Output = Result<(), RuleError>;
 
     #[inline(always)]
+    #[allow(clippy::inline_always)] // see `instructions::Work`
     fn run<A: Arithmetic>(self) -> Self::Output {
         let &Settings {
             heads, rank, gates, ..
@@ -728,6 +730,7 @@ impl Work for Correct<'_> {
     type Output = ();
 
     #[inline(always)]
+    #[allow(clippy::inline_always)] // see `instructions::Work`
     fn run<A: Arithmetic>(self) {
         let Self {
             target,

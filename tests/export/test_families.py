@@ -107,8 +107,8 @@ def parity(source: Path, folder: Path) -> tuple[float, float]:
     handle = attach(model, adapter)
     handle.reset(1)
     grafted = Grafted(bundle, measured=True)
-    engine = dm.Model.load(bundle, threads=1)
-    session = engine.session()
+    engines = {graph: dm.Model.load(bundle, threads=1, graph=graph) for graph in ("fused", "portable")}
+    sessions = {graph: engine.session() for graph, engine in engines.items()}
     ids = np.random.default_rng(1).integers(3, grafted.manifest["backbone"]["vocab_size"], TOKENS)
     logits, states, moved = 0.0, 0.0, 0.0
     past = None
@@ -122,7 +122,8 @@ def parity(source: Path, folder: Path) -> tuple[float, float]:
         if new_turn:
             past = None
             grafted.end_turn()
-            session.end_turn()
+            for session in sessions.values():
+                session.end_turn()
         part = ids[start:end]
         handle.writes = write
         with torch.no_grad():
@@ -133,10 +134,12 @@ def parity(source: Path, folder: Path) -> tuple[float, float]:
         logits = max(logits, float(np.abs(found - want).max()))
         states = max(states, float(np.abs(grafted.memory - state).max()))
         moved = max(moved, float(grafted.energy[..., 0].max()))
-        assert_close("the engine's logits", session.feed(part, write=write, logits=True), want, LOGITS)
-        assert_close("the engine's states", session.memory, state[0], STATES)
+        for graph, session in sessions.items():
+            assert_close(f"the engine's logits, {graph}", session.feed(part, write=write, logits=True), want, LOGITS)
+            assert_close(f"the engine's states, {graph}", session.memory, state[0], STATES)
     assert moved > 1e-3, "no correction did anything, so nothing was compared"
-    steps_of_many(engine, ids)
+    for engine in engines.values():
+        steps_of_many(engine, ids)
     return logits, states
 
 

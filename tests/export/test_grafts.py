@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -98,15 +98,15 @@ def test_a_bundle_computes_what_the_reference_computes(variant, make_backbone, m
     assert moved > 1e-3, "no correction did anything, so nothing was compared"
 
     # The engine, with each sequence in a session of its own.
-    engine = dm.Model.load(bundle)
-    for row, wanted in enumerate(grafted.memory):
-        with engine.session() as session:
+    for graph, (row, wanted) in product(("fused", "portable"), enumerate(grafted.memory)):
+        with dm.Model.load(bundle, graph=graph).session() as session:
             session.feed(ids[row, :17])
             session.feed(ids[row, 17:18])
             session.end_turn()
             logits = session.feed(ids[row, 18:], write=False, logits=True)
-            assert_close("the engine's logits", logits, out.logits[row].numpy(), LOGITS)
-            assert_close("the engine's states", session.memory, wanted, STATES * max(1.0, float(np.abs(wanted).max())))
+            assert_close(f"the engine's logits, {graph}", logits, out.logits[row].numpy(), LOGITS)
+            limit = STATES * max(1.0, float(np.abs(wanted).max()))
+            assert_close(f"the engine's states, {graph}", session.memory, wanted, limit)
 
 
 SPAN_RULES = {

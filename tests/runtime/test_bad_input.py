@@ -254,11 +254,12 @@ def test_a_sealed_bundle_that_contradicts_itself(copy: Path, change: Callable[[d
         dm.Model.load(copy)
 
 
-def test_a_sealed_bundle_whose_graph_is_none(copy: Path) -> None:
-    (copy / "model.onnx").write_bytes(b"not a graph")
+@pytest.mark.parametrize(("file", "graph"), [("model.onnx", "portable"), ("model.fused.onnx", "auto")])
+def test_a_sealed_bundle_whose_graph_is_none(copy: Path, file: str, graph: str) -> None:
+    (copy / file).write_bytes(b"not a graph")
     resealed(copy)
     with pytest.raises(dm.DeltaMemError):
-        dm.Model.load(copy)
+        dm.Model.load(copy, graph=graph)
 
 
 # snapshots

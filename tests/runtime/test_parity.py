@@ -28,9 +28,11 @@ def golden(case: str, golden_case) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@pytest.fixture(scope="module")
-def model(case: str, parity_bundle) -> dm.Model:
-    return dm.Model.load(parity_bundle(case), device="cpu")
+@pytest.fixture(params=("fused", "portable"), scope="module")
+def model(request: pytest.FixtureRequest, case: str, parity_bundle) -> dm.Model:
+    model = dm.Model.load(parity_bundle(case), device="cpu", graph=request.param)
+    assert model.graph == request.param
+    return model
 
 
 @pytest.fixture

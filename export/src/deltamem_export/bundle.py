@@ -27,6 +27,7 @@ from deltamem_export.calibration import Stream, learn
 from deltamem_export.check import check as check_graph
 from deltamem_export.check import choose_method, free_memory
 from deltamem_export.errors import ExportError
+from deltamem_export.fused import FUSED_FILE, fuse
 from deltamem_export.graft import graft
 from deltamem_export.kv import quantise_kv, sample_ids
 from deltamem_export.mapping import GraphMapping, bring
@@ -131,7 +132,13 @@ def export_bundle(
             "config": manifest.config_digest(memory_section, backbone_section),
             "tokenizer": text_digest(bundle, text),
         }
-        files = [MODEL_FILE, DATA_FILE, MEASURED_FILE, *extra]
+        graph_section = manifest.graph_section(facts, MODEL_FILE, MEASURED_FILE)
+        known = {"memory": memory_section, "graph": graph_section, "precision": precision.name}
+        not_fused = fuse(bundle, known, bundle / FUSED_FILE)
+        graph_section |= {"fused_file": None if not_fused else FUSED_FILE, "not_fused": not_fused}
+        if not_fused:
+            say(f"no fused graph: {not_fused}")
+        files = [MODEL_FILE, DATA_FILE, MEASURED_FILE, *([] if not_fused else [FUSED_FILE]), *extra]
         if text is not None:
             files += [name for name in (text.tokenizer, text.chat_template) if name]
         say("sealing the bundle")
@@ -141,7 +148,7 @@ def export_bundle(
             "fingerprint_parts": parts,
             "backbone": backbone_section,
             "memory": memory_section,
-            "graph": manifest.graph_section(facts, MODEL_FILE, MEASURED_FILE),
+            "graph": graph_section,
             "precision": precision.name,
             "precision_setting": precision.setting,
             "tokens": manifest.tokens_section(body.tokens),

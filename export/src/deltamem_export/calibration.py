@@ -168,7 +168,7 @@ def calibrate(bundle: str | os.PathLike[str], stream: Stream, say: Say = lambda 
     found = manifest.read(target)
     with workshop(target) as (work, new):
         for name in found["files"]:
-            _link(target / name, new / name)
+            link(target / name, new / name)
         graph = found["graph"]
         if graph["measured_file"] and not (graph.get("strength") and graph.get("gates")):
             say("grafting the measured graph again")
@@ -177,18 +177,20 @@ def calibrate(bundle: str | os.PathLike[str], stream: Stream, say: Say = lambda 
             measure_again(target, found, file)
             graph |= {"strength": True, "gates": True}
             found["files"][graph["measured_file"]] = manifest.file_entry(file)
-        _seal(new, found | {"health": None})
-        _seal(new, found | {"health": learn(new, stream, say)})
+        seal(new, found | {"health": None})
+        seal(new, found | {"health": learn(new, stream, say)})
         publish(new, target, work, force=True)
     return target
 
 
-def _seal(bundle: Path, found: dict[str, Any]) -> None:
+def seal(bundle: Path, found: dict[str, Any]) -> None:
+    """Writes a manifest that was read and changed."""
     sealed = {name: value for name, value in found.items() if name not in ("format", "format_version", "digest")}
     (bundle / manifest.MANIFEST_FILE).write_bytes(manifest.encode(sealed))
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:

@@ -133,6 +133,16 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     calibrate.add_argument("--stream", required=True, metavar="FILE", help=_STREAM)
     calibrate.set_defaults(run=_calibrate)
 
+    fuse = commands.add_parser(
+        "fuse",
+        help="give a bundle of an older exporter its fused graph",
+        description="Adds the fused graph to a bundle, or makes it anew: the same weights and the same memories, one node of the runtime's "
+        "own for each memory layer. It needs neither the backbone nor the adapter.",
+        epilog="example: deltamem-export fuse my-bundle",
+    )
+    fuse.add_argument("bundle", metavar="BUNDLE", help="the bundle's directory")
+    fuse.set_defaults(run=_fuse)
+
     inspect = commands.add_parser("inspect", help="show what a bundle or an adapter is")
     inspect.add_argument("path", metavar="PATH", help="a bundle's or an adapter's directory")
     inspect.set_defaults(run=_inspect)
@@ -288,6 +298,15 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     calibrate(args.bundle, Stream.load(args.stream), lambda line: print(line, file=sys.stderr))
     print(f"calibrated {args.bundle}")
+
+
+def _fuse(args: argparse.Namespace) -> None:
+    from deltamem_export.fused import add_fused
+
+    reason = add_fused(args.bundle)
+    if reason is not None:
+        raise ExportError(f"{args.bundle}: has no fused graph: {reason}; it runs the portable one")
+    print(f"fused {args.bundle}")
 
 
 def _stream(args: argparse.Namespace) -> Any:

@@ -24,7 +24,7 @@ _FLOAT = ir.DataType.FLOAT
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A correction in the grafted graph, for measuring: the names of its value and of what it was added to, and which part of the last
     axis of both is its own."""
 
@@ -80,6 +80,39 @@ def graft(
     return facts
 
 
+def read_placed(bundle: Path, found: Mapping[str, Any]) -> list[dict[str, Placed]]:
+    """Where the corrections of an exported bundle are, layer by layer, as its measured graph knows them.
+
+    Args:
+        bundle: its directory.
+        found: its manifest.
+
+    Raises:
+        ExportError: the graph is not that of a graft.
+    """
+    file = found["graph"]["measured_file"]
+    names = {v.name: v for node in ir.load(bundle / file).graph for v in node.outputs}
+
+    def cut(number: int, head: str, label: str) -> tuple[ir.Value, int, int]:
+        """What a slice of the graph is cut out of, and where."""
+        made = names.get(f"/deltamem/energy/{number}/{head}/{label}/Slice")
+        node = made.producer() if made is not None else None
+        value, start, end = (node.inputs[:3] if node is not None else None) or (None, None, None)
+        constants = [v.const_value for v in (start, end) if v is not None and v.const_value is not None]
+        if value is None or len(constants) != 2:
+            raise ExportError(f"{file}: does not say where the correction {head} is; export the bundle again")
+        first, last = (int(constant.numpy()[0]) for constant in constants)
+        return value, first, last - first
+
+    def place(number: int, head: str) -> Placed:
+        correction, start, width = cut(number, head, "correction")
+        projection, *_ = cut(number, head, "projection")
+        return Placed(name_of(correction), name_of(projection), start, width)
+
+    memory = found["memory"]
+    return [{p: place(number, p) for p in memory["delta_heads"]} for number in range(len(memory["layers"]))]
+
+
 def measure_again(bundle: Path, found: Mapping[str, Any], target: Path) -> None:
     """Writes the measured graph of an exported bundle anew, from its graph and from what its old measured graph knows of the corrections.
 
@@ -92,27 +125,7 @@ def measure_again(bundle: Path, found: Mapping[str, Any], target: Path) -> None:
         ExportError: the graphs are not those of a graft.
     """
     memory, files = found["memory"], found["graph"]
-    names = {v.name: v for node in ir.load(bundle / files["measured_file"]).graph for v in node.outputs}
     graph = ir.load(bundle / files["file"])
-
-    def cut(number: int, head: str, label: str) -> tuple[ir.Value, int, int]:
-        """What a slice of the old graph is cut out of, and where."""
-        made = names.get(f"/deltamem/energy/{number}/{head}/{label}/Slice")
-        node = made.producer() if made is not None else None
-        value, start, end = (node.inputs[:3] if node is not None else None) or (None, None, None)
-        constants = [v.const_value for v in (start, end) if v is not None and v.const_value is not None]
-        if value is None or len(constants) != 2:
-            raise ExportError(
-                f"{files['measured_file']}: does not say where the correction {head} is; export the bundle again"
-            )
-        first, last = (int(constant.numpy()[0]) for constant in constants)
-        return value, first, last - first
-
-    def old(number: int, head: str) -> _Placed:
-        correction, start, width = cut(number, head, "correction")
-        projection, *_ = cut(number, head, "projection")
-        return _Placed(name_of(correction), name_of(projection), start, width)
-
     config = AdapterConfig(
         rank=memory["rank"],
         alpha=memory["alpha"],
@@ -124,7 +137,7 @@ def measure_again(bundle: Path, found: Mapping[str, Any], target: Path) -> None:
         delta_heads=tuple(memory["delta_heads"]),
     )
     grafted = _Grafted(
-        [{p: old(number, p) for p in config.delta_heads} for number in range(len(memory["layers"]))],
+        read_placed(bundle, found),
         [f"/deltamem/layers.{i}/qk/Split/0" for i in memory["layers"]],
         [f"/deltamem/layers.{i}/gates/Add" for i in memory["layers"]],
     )
@@ -136,7 +149,7 @@ def measure_again(bundle: Path, found: Mapping[str, Any], target: Path) -> None:
 class _Grafted:
     """What was placed where, layer by layer: each delta head's correction, and the names of the queries and of the gates' logits."""
 
-    corrections: list[dict[str, _Placed]]
+    corrections: list[dict[str, Placed]]
     queries: list[str]
     gates: list[str]
 
@@ -173,7 +186,7 @@ def _correct(
     reads: ir.Value,
     sites: Mapping[str, Site],
     io_dtype: ir.DataType,
-) -> dict[str, _Placed]:
+) -> dict[str, Placed]:
     """Adds every correction of a layer: one product for all delta heads, then one addition for each value
     that is corrected."""
     used = config.delta_heads
@@ -228,7 +241,7 @@ def _correct(
             if use.node is not add:
                 use.node.replace_input_with(use.idx, corrected)
         for p in group:
-            placed[p] = _Placed(name_of(part), name_of(value), *spans[p])
+            placed[p] = Placed(name_of(part), name_of(value), *spans[p])
     return placed
 
 
@@ -275,7 +288,7 @@ def _measure(model: ir.Model, config: AdapterConfig, grafted: _Grafted) -> None:
     graph.sort()
 
 
-def _strengthen(graph: ir.Graph, values: dict[str | None, ir.Value], placed: Sequence[Mapping[str, _Placed]]) -> None:
+def _strengthen(graph: ir.Graph, values: dict[str | None, ir.Value], placed: Sequence[Mapping[str, Placed]]) -> None:
     """Multiplies every correction by the input `strength` where it was made, in float32 and behind its norm, so that 1 leaves its
     bits. `values` has the products in the corrections' places afterwards."""
     nodes = Nodes(graph, "/deltamem/strength")

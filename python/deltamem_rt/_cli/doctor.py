@@ -65,7 +65,10 @@ def examine() -> dict[str, Any]:
         report["problem"] = str(error)
         report = _native.doctor() | report
     try:
-        report["default_bundle"] = str(default_bundle())
+        bundle = default_bundle()
+        report["default_bundle"] = str(bundle)
+        graph = json.loads((bundle / "deltamem.json").read_text(encoding="utf-8"))["graph"]
+        report["default_graph"] = "portable" if graph.get("fused_file") is None else "fused"
     except FileNotFoundError as error:
         report["default_bundle_problem"] = str(error)
     return report
@@ -103,8 +106,10 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         ("build", known("ort_build")),
         ("providers", known("providers")),
         ("CPU features", known("cpu_features")),
+        ("memory kernel", known("kernel")),
         ("threads", known("threads")),
         ("default bundle", report.get("default_bundle") or known("default_bundle_problem")),
+        ("its graph", known("default_graph")),
     ]
     for line in pairs(rows):
         terminal.line(line)

@@ -140,8 +140,33 @@ pub fn scan(
     state: &mut [f32],
     reads: &mut [f32],
 ) -> Result<(), RuleError> {
+    scan_in(&mut Room::default(), heads, rank, gates, tokens, state, reads)
+}
+
+/// What [`scan_in`] works in; kept from call to call, nothing is allocated for a rank that was seen before.
+#[derive(Debug, Clone, Default)]
+pub struct Room {
+    columns: Vec<[f32; LANES]>,
+}
+
+/// [`scan`] in room of the caller's. It is compiled into its caller, with the instructions that the caller may use; the bits stay the same.
+///
+/// # Errors
+/// As [`scan`].
+#[inline(always)]
+#[allow(clippy::inline_always)] // a function with more target features takes it in
+pub fn scan_in(
+    room: &mut Room,
+    heads: usize,
+    rank: usize,
+    gates: Gates,
+    tokens: &Tokens<'_>,
+    state: &mut [f32],
+    reads: &mut [f32],
+) -> Result<(), RuleError> {
     check_lengths(heads, rank, gates, tokens, state.len(), reads.len())?;
-    let mut columns = vec![[0.0; LANES]; rank];
+    room.columns.resize(rank, [0.0; LANES]);
+    let columns = &mut room.columns;
     for head in 0..heads {
         for first in (0..rank).step_by(LANES) {
             let block = Block {
@@ -151,7 +176,7 @@ pub fn scan(
                 head,
                 first,
             };
-            scan_block(block, tokens, &mut columns, state, reads);
+            scan_block(block, tokens, columns, state, reads);
         }
     }
     Ok(())
@@ -218,20 +243,24 @@ struct Block {
 
 impl Block {
     /// The block's part of one token's row of [H, r].
+    #[inline]
     fn of<'a>(&self, all: &'a [f32], token: usize) -> &'a [f32] {
         &all[self.vector(token) + self.first..][..self.rows()]
     }
 
+    #[inline]
     fn rows(&self) -> usize {
         (self.rank - self.first).min(LANES)
     }
 
     /// Where one token's vector of the block's head begins in [T, H, r].
+    #[inline]
     fn vector(&self, token: usize) -> usize {
         (token * self.heads + self.head) * self.rank
     }
 
     /// One token's gates for the block's rows, from [T, H, r] or [T, H, 1]. Lanes without a row get 0.
+    #[inline]
     fn gate(&self, all: &[f32], token: usize) -> [f32; LANES] {
         match self.gates {
             Gates::Row => lanes(self.of(all, token)),
@@ -240,6 +269,7 @@ impl Block {
     }
 }
 
+#[inline]
 fn lanes(values: &[f32]) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
     lanes[..values.len()].copy_from_slice(values);
@@ -248,6 +278,8 @@ fn lanes(values: &[f32]) -> [f32; LANES] {
 
 /// `columns` is room for the block's rows, [r][lanes]: laid out so, one number of a key meets all rows at once, and no sum runs across
 /// lanes.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
 fn scan_block(
     block: Block,
     tokens: &Tokens<'_>,

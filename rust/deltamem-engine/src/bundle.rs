@@ -204,6 +204,9 @@ pub struct Graph {
     /// The same graph with the input `strength` and the outputs `delta_energy`, `queries` and `gates`.
     #[serde(default)]
     pub measured_file: Option<String>,
+    /// The same graph with one node of this runtime's own for each memory layer; `None`: this bundle has none.
+    #[serde(default)]
+    pub fused_file: Option<String>,
     /// The layers with a KV cache, ascending.
     pub kv_layers: Vec<usize>,
     /// The cache's element type.
@@ -828,6 +831,7 @@ fn check_names(manifest: &Manifest) -> Result<(), BundleError> {
     for (field, name) in [
         ("graph.file", Some(&manifest.graph.file)),
         ("graph.measured_file", manifest.graph.measured_file.as_ref()),
+        ("graph.fused_file", manifest.graph.fused_file.as_ref()),
         ("text.tokenizer", text.map(|text| &text.tokenizer)),
         (
             "text.chat_template",

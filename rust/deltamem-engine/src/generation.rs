@@ -71,6 +71,8 @@ pub struct GenerationStats {
     pub decode_time: Duration,
     /// Why it ended; `None` while it goes on.
     pub finish_reason: Option<FinishReason>,
+    /// The graph that it ran on: `fused` or `portable`.
+    pub graph: &'static str,
     /// |corrections| / |what they correct| over all tokens read, when measured.
     pub delta_ratio: Option<f64>,
 }
@@ -167,6 +169,11 @@ impl Generation {
             stops: StopScanner::new(options.stop.clone()),
             stats: GenerationStats {
                 prompt_tokens: prompt.len(),
+                graph: if options.measure {
+                    "portable"
+                } else {
+                    session.graph()
+                },
                 ..GenerationStats::default()
             },
             prompt,

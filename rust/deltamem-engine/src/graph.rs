@@ -12,8 +12,12 @@ use crate::call::{Call, Tensor};
 use crate::error::{EngineError, Result};
 use crate::kv::KvTensor;
 use crate::model::{LoadOptions, Model};
+use crate::operator;
 use crate::runtime::Runtime;
 use crate::turn::TurnTensors;
+
+/// Names the files that ONNX Runtime writes its profile into, one for each graph when its model is let go; for finding out where time goes.
+const PROFILE: &str = "DELTAMEM_PROFILE";
 
 /// One graph in ONNX Runtime, and the small inputs of a run that are the same for every session.
 #[derive(Debug)]
@@ -186,6 +190,8 @@ impl Graph {
                     "this bundle has no measured graph, so the corrections' size cannot be measured; export it again".into(),
                 )
             })?
+        } else if options.graph.fused(bundle.manifest())? {
+            graph.fused_file.as_ref().unwrap_or(&graph.file)
         } else {
             &graph.file
         };
@@ -197,7 +203,14 @@ impl Graph {
             .map_err(EngineError::onnx("preparing a session"))?
             // An idle model uses no processor time.
             .with_intra_op_spinning(false)
-            .map_err(EngineError::onnx("preparing a session"))?;
+            .map_err(EngineError::onnx("preparing a session"))?
+            .with_operators(operator::domain().map_err(EngineError::onnx("preparing the memory's operator"))?)
+            .map_err(EngineError::onnx("preparing the memory's operator"))?;
+        if let Some(prefix) = std::env::var_os(PROFILE) {
+            builder = builder
+                .with_profiling(prefix)
+                .map_err(EngineError::onnx("preparing a profile"))?;
+        }
         if options.threads > 0 {
             builder = builder
                 .with_intra_threads(options.threads)

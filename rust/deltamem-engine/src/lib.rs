@@ -15,6 +15,7 @@ pub mod health;
 mod kv;
 pub mod memory;
 pub mod model;
+mod operator;
 mod pool;
 pub mod prefix;
 pub mod prompt;
@@ -30,7 +31,8 @@ mod turn;
 
 pub use error::EngineError;
 pub use generation::{FinishReason, Generation, GenerationOptions, GenerationStats};
-pub use model::{Device, LoadOptions, Model};
+pub use model::{Device, GraphChoice, LoadOptions, Model};
+pub use operator::kernel_instructions;
 pub use prefix::Prefix;
 pub use running::RunStats;
 pub use runtime::Runtime;

@@ -43,6 +43,37 @@ pub enum Device {
     Cpu,
 }
 
+/// Which of a bundle's two graphs runs. They share their weights and compute the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum GraphChoice {
+    /// The fused one if the bundle has it, else the portable one.
+    #[default]
+    Auto,
+    /// The one of standard operators.
+    Portable,
+    /// The one with one node for each memory layer, which runs on the processor only.
+    Fused,
+}
+
+impl GraphChoice {
+    /// Whether it is the fused graph for this bundle.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] for a fused graph that the bundle does not have.
+    pub(crate) fn fused(self, manifest: &Manifest) -> Result<bool> {
+        match (self, &manifest.graph.fused_file) {
+            (Self::Portable, _) | (Self::Auto, None) => Ok(false),
+            (_, Some(_)) => Ok(true),
+            (Self::Fused, None) => Err(EngineError::Unsupported(
+                "deltamem.json: graph.fused_file is null, so this bundle has no fused graph; load it with graph=\"auto\", or add one with \
+                 `deltamem-export fuse BUNDLE`, which says where that cannot be done"
+                    .into(),
+            )),
+        }
+    }
+}
+
 /// How a bundle is loaded.
 #[derive(Debug, Clone, Copy)]
 pub struct LoadOptions {
@@ -54,6 +85,8 @@ pub struct LoadOptions {
     pub verify: Verify,
     /// The most sessions whose tokens are read in one step; 1 runs them one after another.
     pub max_batch: usize,
+    /// Which of the bundle's graphs runs.
+    pub graph: GraphChoice,
 }
 
 impl Default for LoadOptions {
@@ -63,6 +96,7 @@ impl Default for LoadOptions {
             threads: 0,
             verify: Verify::Full,
             max_batch: MAX_BATCH,
+            graph: GraphChoice::Auto,
         }
     }
 }
@@ -193,6 +227,14 @@ impl Model {
     /// The most tokens that a turn may hold.
     pub fn context_length(&self) -> usize {
         self.kv_layout.context
+    }
+
+    /// Which graph runs: `fused` or `portable`. What is measured (`Session::health`, strengths other than 1) runs on a portable one.
+    pub fn graph(&self) -> &'static str {
+        match self.options.graph.fused(self.manifest()) {
+            Ok(true) => "fused",
+            _ => "portable",
+        }
     }
 
     /// Threads that one run uses; 0 means one a core.

@@ -195,6 +195,15 @@ impl Session {
         self.strength
     }
 
+    /// The graph that the session's tokens run on: `fused` or `portable`.
+    pub fn graph(&self) -> &'static str {
+        if as_trained(self.strength) {
+            self.model.graph()
+        } else {
+            "portable"
+        }
+    }
+
     /// Has the corrections of all tokens that are read from now on multiplied by `strength`: 0 reads nothing, 1 is as trained and the same
     /// bits as ever. Any other one runs the measured graph, which is a second copy of the weights in memory.
     ///

@@ -150,6 +150,12 @@ impl GenerationStats {
         self.0.finish_reason.map(deltamem_engine::FinishReason::as_str)
     }
 
+    /// The graph that it ran on: "fused" or "portable" (``Model.load``); what is measured runs on a portable one.
+    #[getter]
+    fn graph(&self) -> &'static str {
+        self.0.graph
+    }
+
     /// |corrections| / |what they correct| (L2, over layers, heads and tokens), when asked with ``measure=True``; otherwise None.
     #[getter]
     fn delta_ratio(&self) -> Option<f64> {
@@ -161,13 +167,14 @@ impl GenerationStats {
             value.map_or_else(|| "None".to_owned(), |value| format!("{value:.4}"))
         }
         format!(
-            "GenerationStats(prompt_tokens={}, tokens={}, time_to_first_token={}, tokens_per_second={}, finish_reason={}, delta_ratio={})",
+            "GenerationStats(prompt_tokens={}, tokens={}, time_to_first_token={}, tokens_per_second={}, finish_reason={}, graph='{}', delta_ratio={})",
             self.0.prompt_tokens,
             self.0.tokens,
             shown(self.time_to_first_token()),
             shown(self.tokens_per_second()),
             self.finish_reason()
                 .map_or_else(|| "None".to_owned(), |reason| format!("'{reason}'")),
+            self.0.graph,
             shown(self.0.delta_ratio),
         )
     }

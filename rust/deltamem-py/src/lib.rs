@@ -37,6 +37,7 @@ fn doctor(py: Python<'_>, library: Option<std::path::PathBuf>) -> PyResult<Bound
         std::thread::available_parallelism().map_or(1, usize::from),
     )?;
     report.set_item("cpu_features", PyList::new(py, cpu_features())?)?;
+    report.set_item("kernel", deltamem_engine::kernel_instructions())?;
     if let Some(library) = library {
         let runtime = deltamem_engine::Runtime::open(&library).map_err(errors::to_python)?;
         report.set_item("ort_library", runtime.library())?;

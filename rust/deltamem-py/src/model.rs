@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use deltamem_engine::bundle::Verify;
-use deltamem_engine::{Device, LoadOptions, RunStats, Runtime, Spans};
+use deltamem_engine::{Device, GraphChoice, LoadOptions, RunStats, Runtime, Spans};
 use deltamem_store::Parts;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -48,19 +48,22 @@ impl Model {
     /// verify : bool
     ///     Compare every file with its digest before ONNX Runtime sees it. False compares sizes only, for very large bundles that were
     ///     checked before.
+    /// graph : {"auto", "portable", "fused"}
+    ///     Which of the bundle's two graphs runs. They compute the same from the same weights; the fused one has one node for each memory
+    ///     layer and is the faster. "auto" takes it where the bundle has it. ``model.graph`` says which it is.
     ///
     /// Raises
     /// ------
     /// FileNotFoundError
     ///     No bundle at ``path``.
     /// BundleError
-    ///     The bundle is damaged, was edited, is of a newer format, or contradicts itself.
+    ///     The bundle is damaged, was edited, is of a newer format, or contradicts itself; or ``graph="fused"`` and it has none.
     /// OnnxRuntimeNotFoundError
     ///     Neither ``onnxruntime`` nor ``onnxruntime-gpu`` is installed; the message names both commands.
     /// DeviceError
     ///     The device is not there.
     #[staticmethod]
-    #[pyo3(signature = (path, *, device="auto", threads=None, max_batch=16, verify=true))]
+    #[pyo3(signature = (path, *, device="auto", threads=None, max_batch=16, verify=true, graph="auto"))]
     fn load(
         py: Python<'_>,
         path: PathBuf,
@@ -68,6 +71,7 @@ impl Model {
         threads: Option<usize>,
         max_batch: usize,
         verify: bool,
+        graph: &str,
     ) -> PyResult<Self> {
         let device = match device {
             "auto" => Device::Auto,
@@ -82,6 +86,16 @@ impl Model {
             other => {
                 return Err(PyValueError::new_err(format!(
                     "device is {other:?}, expected 'auto', 'cpu' or 'cuda'"
+                )));
+            }
+        };
+        let graph = match graph {
+            "auto" => GraphChoice::Auto,
+            "portable" => GraphChoice::Portable,
+            "fused" => GraphChoice::Fused,
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "graph is {other:?}, expected 'auto', 'portable' or 'fused'"
                 )));
             }
         };
@@ -106,6 +120,7 @@ impl Model {
             threads: threads.unwrap_or(0),
             verify: if verify { Verify::Full } else { Verify::Sizes },
             max_batch,
+            graph,
         };
         let inner = py.detach(|| {
             let runtime = Runtime::open(&library)?;
@@ -319,6 +334,13 @@ impl Model {
             inner: Arc::new(inner),
             system,
         })
+    }
+
+    /// Which of the bundle's graphs runs: ``"fused"`` or ``"portable"``. What is measured (``Session.health``, strengths other than 1) runs
+    /// on a portable one.
+    #[getter]
+    fn graph(&self) -> &'static str {
+        self.inner.graph()
     }
 
     /// Text to token ids, without special tokens of the tokenizer's own; those written in the text are recognised.

@@ -1,0 +1,404 @@
+"""The fused graph of a bundle: its portable graph with the thirty nodes of each memory layer taken out and one node `deltamem:MemoryLayer`
+put in, over the same file of weights. The runtime has the operator (`rust/deltamem-engine/src/operator.rs`), for the CPU; nobody else can
+run it, so the portable graph stays. It knows the graft's names and the decoders' attention; it computes nothing.
+
+Where the node stands follows from the graph. Behind a packed projection whose parts are split, it takes the place of the `Split`, and of
+the norms of q and k where they follow at once; elsewhere it corrects each projection in its place. Δo goes into the residual where the
+decoder adds the two with nothing between, else it is an output of its own, and one `Add` stays.
+
+Inputs: 0 hidden [B, T, D], 1 write_mask [B, T], 2 past_memory [B, L, H, r, r], the constants 3 networks [D, W], 4 gate_bias and
+5 corrections [H·r, C]; where a layer has a use for them: 6 q, or the packed projection, 7 k, 8 v and 9 the residual, each [B, T, width],
+the constants 10 the weights of the norm on Δo, 11 and 12 those of the norms of q and k, 13 span_weights, 14 span_mask, 15 past_spans.
+
+Outputs: 0 the layer's memory [B, 1, H, r, r], 1 to 3 q, k, v (1 alone for a packed projection that stays packed), 4 the residual with Δo
+in it, or Δo, 5 what the layer's spans have gathered [B, S, 1, W].
+
+Attributes: `layer`, its place on the memory's layer axis; `heads`, `rank`, `update_mode`, `gates`, `own_lambda`, `normalize_qk` as in the
+manifest; `storage`, how its weights are kept in memory; `outputs` (those of 1 to 4 that it has) and their `widths`; `corrections`, four
+numbers for each: its output, its first column in the constant, its columns, where in the output's rows it is laid; `residual`, whether
+output 4 is one; `splits`, the widths of the three parts of a packed projection that is split; `q_epsilon`, `k_epsilon`,
+`delta_o_epsilon` of the norms; `spans`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from deltamem_export import manifest
+from deltamem_export.errors import ExportError
+from deltamem_export.graft import Placed, read_placed
+from deltamem_export.nodes import Nodes, name_of
+
+FUSED_FILE = "model.fused.onnx"
+DOMAIN, OPERATOR, VERSION = "deltamem", "MemoryLayer", 1
+
+_FLOAT = ir.DataType.FLOAT
+_Q, _RESIDUAL, _DELTA_O_NORM, _Q_NORM, _SPAN_WEIGHTS = 6, 9, 10, 11, 13
+_OUTPUT_O, _PRESENT_SPANS = 4, 5
+_INPUTS, _OUTPUTS = 16, 6
+_SUMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "Add"})
+# Weights in blocks are read from memory at 4 or 8 bits a number; those of the memory would be a burden in 32.
+_HALF = frozenset({"int4", "int8"})
+
+
+class _Unfused(Exception):
+    """Why a graph cannot be fused, in words."""
+
+
+def fuse(bundle: Path, found: Mapping[str, Any], target: Path) -> str | None:
+    """Writes the fused graph of a bundle.
+
+    Args:
+        bundle: its directory; graph, measured graph and weights are there.
+        found: its manifest, of which the sections `memory` and `graph` and `precision` are read.
+        target: where the graph goes; beside the file of weights.
+
+    Returns:
+        None, or why there is no fused graph; nothing is written then.
+    """
+    memory, files = found["memory"], found["graph"]
+    model = ir.load(bundle / files["file"])
+    try:
+        if files["measured_file"] is None:
+            raise _Unfused("the bundle has no measured graph, which knows where each correction lies")
+        placed = read_placed(bundle, found)
+        storage = "float16" if found["precision"] in _HALF else "float32"
+        layers = [
+            _Layer(model.graph, number, i, memory, storage, placed[number]) for number, i in enumerate(memory["layers"])
+        ]
+    except _Unfused as reason:
+        return str(reason)
+    for layer in layers:
+        layer.place()
+    _join(model.graph, "present_memory", [layer.outputs[0] for layer in layers], axis=1)
+    if files.get("span_width") is not None:
+        _join(model.graph, "present_spans", [layer.outputs[_PRESENT_SPANS] for layer in layers], axis=2)
+    model.graph.opset_imports[DOMAIN] = VERSION
+    model.graph.sort()
+    remove_unused(model.graph)
+    ir.save(model, target)
+    return None
+
+
+def add_fused(bundle: str | os.PathLike[str]) -> str | None:
+    """Gives an exported bundle its fused graph, or makes it anew. Its weights, its fingerprint and its memories stay. It is replaced whole
+    or not at all.
+
+    Returns:
+        None, or why it has none now; its manifest says so too.
+
+    Raises:
+        FileNotFoundError: there is no bundle.
+        ExportError: its graphs are not those of a graft.
+    """
+    from deltamem_export.bundle import publish, workshop
+    from deltamem_export.calibration import link, seal
+
+    at = Path(os.path.abspath(bundle))
+    found = manifest.read(at)
+    with workshop(at) as (work, new):
+        old = found["graph"].get("fused_file")
+        for name in found["files"]:
+            if name != old:
+                link(at / name, new / name)
+        reason = fuse(new, found, new / FUSED_FILE)
+        found["graph"] |= {"fused_file": None if reason else FUSED_FILE, "not_fused": reason}
+        found["files"].pop(old, None)
+        if reason is None:
+            found["files"] = dict(sorted({**found["files"], FUSED_FILE: manifest.file_entry(new / FUSED_FILE)}.items()))
+        seal(new, found)
+        publish(new, at, work, force=True)
+    return reason
+
+
+@dataclass(frozen=True)
+class _Target:
+    """An output of the node: the value that it stands for, who takes it, and what is laid on it (the first column of the constant, how
+    many, where in the row)."""
+
+    output: int
+    width: int
+    made: ir.Value
+    readers: Sequence[ir.Usage]
+    corrections: Sequence[tuple[int, int, int]] = ()
+
+
+class _Layer:
+    """One memory layer as it lies in the portable graph. Making one reads, `place` changes the graph."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        number: int,
+        i: int,
+        memory: Mapping[str, Any],
+        storage: str,
+        placed: Mapping[str, Placed],
+    ) -> None:
+        """number: its place on the memory's layer axis; i: its number in the decoder."""
+        self.graph = graph
+        self.prefix = f"/deltamem/layers.{i}"
+        self.named = {node.name: node for node in graph if node.name and node.name.startswith(f"{self.prefix}/")}
+        networks, corrections = self._node("networks/MatMul"), self._node("corrections/MatMul")
+        self.inputs: list[ir.Value | None] = [None] * _INPUTS
+        self.inputs[0] = networks.inputs[0]
+        if (
+            self.inputs[0] is None
+            or (self.inputs[0].dtype or _FLOAT) != _FLOAT
+            or f"{self.prefix}/hidden" in self.named
+        ):
+            raise _Unfused("the backbone computes in 16 bits, the fused operator in float32")
+        ends = {name_of(value): value for value in graph.inputs}
+        self.inputs[1:3] = ends["write_mask"], ends["past_memory"]
+        self.inputs[3], self.inputs[5] = networks.inputs[1], corrections.inputs[1]
+        self.inputs[4] = self._node("gates/Add").inputs[1]
+        standard = not memory["couple_lambda"] and memory["update_mode"] != "no_lambda"
+        self.attributes: dict[str, Any] = {
+            "layer": number,
+            "heads": memory["heads"],
+            "rank": memory["rank"],
+            "update_mode": memory["update_mode"],
+            "gates": memory["gates"],
+            "own_lambda": int(standard),
+            "normalize_qk": int(memory["normalize_qk"]),
+            "storage": storage,
+            "residual": 0,
+            "spans": 0,
+        }
+        shape = ["batch_size", 1, memory["heads"], memory["rank"], memory["rank"]]
+        self.outputs: list[ir.Value] = [self._value(n, shape) for n in range(_OUTPUTS)]
+        if "span_weights" in ends:
+            self.attributes["spans"] = 1
+            self.inputs[_SPAN_WEIGHTS:] = ends["span_weights"], ends["span_mask"], ends["past_spans"]
+            width = ends["past_spans"].shape
+            assert width is not None
+            self.outputs[_PRESENT_SPANS].shape = ir.Shape(["batch_size", "spans", 1, width[3]])
+        self.targets = self._projections(placed)
+        self.bypass: tuple[ir.Node, int, ir.Value] | None = None
+        if "o" in placed:
+            self.targets.append(self._output(placed["o"]))
+
+    def place(self) -> None:
+        """Puts the node in and gives what it makes to whoever took what was there."""
+        attributes = {
+            **self.attributes,
+            "outputs": [target.output for target in self.targets],
+            "widths": [target.width for target in self.targets],
+            "corrections": [n for target in self.targets for own in target.corrections for n in (target.output, *own)],
+        }
+        used = {0, *(target.output for target in self.targets)} | (
+            {_PRESENT_SPANS} if self.attributes["spans"] else set()
+        )
+        outputs = [value if n in used else ir.Value(name="") for n, value in enumerate(self.outputs[: max(used) + 1])]
+        inputs = self.inputs[: max(n for n, value in enumerate(self.inputs) if value is not None) + 1]
+        node = ir.node(
+            OPERATOR, inputs, attributes=attributes, domain=DOMAIN, outputs=outputs, name=f"{self.prefix}/{OPERATOR}"
+        )
+        for target in self.targets:
+            new = outputs[target.output]
+            new.shape, new.type = target.made.shape, ir.TensorType(_FLOAT)
+            for use in target.readers:
+                use.node.replace_input_with(use.idx, new)
+        if self.bypass is not None:
+            reader, at, value = self.bypass
+            reader.replace_input_with(at, value)
+        self.graph.append(node)
+
+    def _node(self, name: str) -> ir.Node:
+        node = self.named.get(f"{self.prefix}/{name}")
+        if node is None:
+            raise ExportError(f"the graph has no node {self.prefix}/{name}; export the bundle again")
+        return node
+
+    def _value(self, n: int, shape: Sequence[int | str]) -> ir.Value:
+        return ir.Value(name=f"{self.prefix}/{OPERATOR}/{n}", shape=ir.Shape(shape), type=ir.TensorType(_FLOAT))
+
+    def _group(self, own: Placed) -> tuple[ir.Node, int]:
+        """The Add of a correction, and the first of its group's columns in the constant of all of them."""
+        add = next(
+            (
+                node
+                for name, node in self.named.items()
+                if name.startswith(f"{self.prefix}/delta_")
+                and node.op_type == "Add"
+                and node.inputs[0] is not None
+                and node.inputs[0].name == own.projection
+            ),
+            None,
+        )
+        part = add.inputs[1] if add is not None else None
+        made = part.producer() if part is not None else None
+        if made is not None and made.op_type == "SimplifiedLayerNormalization":
+            part = made.inputs[0]
+            made = part.producer() if part is not None else None
+        if add is None or made is None or made.op_type not in ("Split", "MatMul"):
+            raise _Unfused(f"{self.prefix}: the correction of {own.projection} is not where the graft puts it")
+        if made.op_type == "MatMul":
+            return add, 0
+        sizes = made.inputs[1].const_value if made.inputs[1] is not None else None
+        assert sizes is not None
+        return add, int(sizes.numpy()[: list(made.outputs).index(part)].sum())
+
+    def _projections(self, placed: Mapping[str, Placed]) -> list[_Target]:
+        """The targets among q, k and v, in the order of the outputs."""
+        groups: dict[str, tuple[ir.Node, int, list[str]]] = {}
+        for p in "qkv":
+            if p in placed:
+                groups.setdefault(placed[p].projection, (*self._group(placed[p]), []))[2].append(p)
+        if not groups:
+            return []
+        split = self._split(groups)
+        if split is not None:
+            return self._parts(split, placed, groups)
+        found = []
+        for add, first, heads in groups.values():
+            output = "qkv".index(heads[0]) + 1
+            value = add.inputs[0]
+            assert value is not None
+            corrections = [(first + placed[p].start, placed[p].width, placed[p].start) for p in heads]
+            self.inputs[_Q + output - 1] = value
+            found.append(_target(output, _width(value), add.outputs[0], corrections))
+        return found
+
+    def _split(self, groups: Mapping[str, tuple[ir.Node, int, list[str]]]) -> ir.Node | None:
+        """The Split of a packed projection into q, k and v, if all that is corrected comes out of it."""
+        producers = {add.inputs[0].producer() for add, _, _ in groups.values() if add.inputs[0] is not None}
+        node = producers.pop() if len(producers) == 1 else None
+        if node is None or node.op_type != "Split" or len(node.outputs) != 3:
+            return None
+        in_order = all(
+            len(heads) == 1 and node.outputs["qkv".index(heads[0])].name == name
+            for name, (_, _, heads) in groups.items()
+        )
+        packed = node.inputs[0]
+        last = "axis" in node.attributes and node.attributes["axis"].as_int() in (-1, 2)
+        return node if in_order and last and packed is not None else None
+
+    def _parts(
+        self, split: ir.Node, placed: Mapping[str, Placed], groups: Mapping[str, tuple[ir.Node, int, list[str]]]
+    ) -> list[_Target]:
+        self.inputs[_Q] = split.inputs[0]
+        self.attributes["splits"] = [_width(value) for value in split.outputs]
+        found = []
+        for n, (p, part) in enumerate(zip("qkv", split.outputs, strict=True)):
+            made, corrections = part, []
+            if p in placed:
+                add, first, _ = groups[placed[p].projection]
+                made = add.outputs[0]
+                corrections = [(first, placed[p].width, 0)]
+            norm = self._norm(made, _width(part)) if p in "qk" else None
+            if norm is not None:
+                made, self.inputs[_Q_NORM + n], self.attributes[f"{p}_epsilon"] = norm
+            found.append(_target(n + 1, _width(part), made, corrections))
+        return found
+
+    def _norm(self, value: ir.Value, width: int) -> tuple[ir.Value, ir.Value, float] | None:
+        """An RMS norm of every head behind a projection: what comes out of it in the projection's shape, its weights, its epsilon."""
+        apart = _only(value, "Reshape")
+        norm = _only(apart.outputs[0], "SimplifiedLayerNormalization") if apart is not None else None
+        together = _only(norm.outputs[0], "Reshape") if norm is not None else None
+        if norm is None or together is None or len([v for v in norm.outputs if v.uses()]) != 1:
+            return None
+        weights, axis = norm.inputs[1], norm.attributes.get("axis")
+        if weights is None or weights.const_value is None or weights.dtype != _FLOAT or (axis and axis.as_int() != -1):
+            return None
+        head = int(weights.const_value.size)
+        if width % head or _sizes(apart) != [0, -1, head] or _sizes(together) != [0, -1, width]:
+            return None
+        epsilon = norm.attributes.get("epsilon")
+        return together.outputs[0], weights, epsilon.as_float() if epsilon is not None else 1e-5
+
+    def _output(self, own: Placed) -> _Target:
+        """The target of Δo."""
+        add, first = self._group(own)
+        if "delta_o_rmsnorm" in {name.rsplit("/", 1)[-1] for name in self.named}:
+            norm = self._node("delta_o_rmsnorm")
+            self.inputs[_DELTA_O_NORM] = norm.inputs[1]
+            self.attributes["delta_o_epsilon"] = norm.attributes["epsilon"].as_float()
+        corrected, value, part = add.outputs[0], add.inputs[0], add.inputs[1]
+        assert value is not None
+        assert part is not None
+        corrections = [(first + own.start, own.width, own.start)]
+        users = tuple(corrected.uses())
+        if len(users) == 1 and users[0].node.op_type in _SUMS and users[0].idx < 2:
+            reader, at = users[0].node, users[0].idx
+            residual = reader.inputs[1 - at]
+            if (
+                residual is not None
+                and residual is not corrected
+                and (residual.dtype or _FLOAT) == _FLOAT
+                and str(residual.shape) == str(value.shape)
+                and not _depends(residual, {name_of(target.made) for target in self.targets})
+            ):
+                self.inputs[_RESIDUAL] = residual
+                self.attributes["residual"] = 1
+                self.bypass = reader, at, value
+                # Only this sum takes the residual with Δo in it.
+                readers = [use for use in residual.uses() if use.node is reader and use.idx == 1 - at]
+                return _Target(_OUTPUT_O, own.width, residual, readers, corrections)
+        return _target(_OUTPUT_O, own.width, part, corrections)
+
+
+def _target(output: int, width: int, made: ir.Value, corrections: Sequence[tuple[int, int, int]]) -> _Target:
+    """A target that everybody takes who took `made`."""
+    return _Target(output, width, made, tuple(made.uses()), corrections)
+
+
+def _width(value: ir.Value) -> int:
+    width = value.shape[-1] if value.shape is not None else None
+    if not isinstance(width, int):
+        raise _Unfused(f"{name_of(value)} has no known width")
+    return width
+
+
+def _only(value: ir.Value, op: str) -> ir.Node | None:
+    """The node that takes a value, if it is the only one, of this kind, and takes it first."""
+    users = tuple(value.uses())
+    return users[0].node if len(users) == 1 and users[0].node.op_type == op and users[0].idx == 0 else None
+
+
+def _sizes(reshape: ir.Node | None) -> list[int]:
+    """What a Reshape makes, where that is a constant."""
+    shape = reshape.inputs[1] if reshape is not None else None
+    tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
+    return [] if tensor is None else [int(n) for n in tensor.numpy()]
+
+
+def _depends(value: ir.Value, on: set[str]) -> bool:
+    """Whether any of the named values is needed to make this one."""
+    seen: set[str] = set()
+    left = [value]
+    while left:
+        name = name_of(left[-1])
+        node = left.pop().producer()
+        if name in on:
+            return True
+        if node is not None and name not in seen:
+            seen.add(name)
+            left += [v for v in node.inputs if v is not None]
+    return False
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Takes out the nodes and constants that nothing needs any more; the graph is in order."""
+    for node in reversed(graph):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in tuple(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def _join(graph: ir.Graph, name: str, parts: Sequence[ir.Value], axis: int) -> None:
+    """The layers' parts side by side, in the place of the graph's output `name`."""
+    at, old = next((n, value) for n, value in enumerate(graph.outputs) if value.name == name)
+    old.name = f"/{DOMAIN}/portable/{name}"
+    value = Nodes(graph, f"/{DOMAIN}").concat(parts, name=f"{name}/Concat", axis=axis)
+    value.name, value.type, value.shape = name, ir.TensorType(_FLOAT), old.shape
+    graph.outputs[at] = value

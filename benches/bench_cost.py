@@ -21,6 +21,7 @@ import numpy as np
 import models
 from measuring import Figures, Ratio, Rounds, Table, interleaved, quantity, reached
 from node_profile import profile
+from opening import has_option, load
 from opponents import Engine, GenAI, Torch
 
 PROMPTS = (128, 512)
@@ -72,9 +73,9 @@ def bench_memory(names: tuple[str, ...], quick: bool) -> None:
     for name in names:
         for precision in models.PRECISIONS:
             made, lengths = models.made(name, precision), Lengths(name, quick)
-            loaded = {"without": models.load(made.bare), "with": models.load(made.bundle)}
-            if models.has_option("graph"):
-                loaded["portable"] = models.load(made.bundle, graph="portable")
+            loaded = {"without": load(made.bare), "with": load(made.bundle)}
+            if has_option("graph"):
+                loaded["portable"] = load(made.bundle, graph="portable")
             found = measured({who: Engine(model) for who, model in loaded.items()}, lengths)
             del loaded
             for who in (who for who in found if who != "without"):
@@ -98,7 +99,7 @@ def bench_genai(names: tuple[str, ...], quick: bool) -> None:
     for name in names:
         for precision in models.PRECISIONS:
             made, lengths = models.made(name, precision), Lengths(name, quick)
-            found = measured({"ours": Engine(models.load(made.bare)), "genai": GenAI(made.genai)}, lengths)
+            found = measured({"ours": Engine(load(made.bare)), "genai": GenAI(made.genai)}, lengths)
             for what, times in found["ours"].items():
                 theirs = found["genai"][what]
                 ratio = Ratio.of(theirs, times)
@@ -117,7 +118,7 @@ def bench_torch(names: tuple[str, ...], quick: bool) -> None:
         lengths.rounds = min(lengths.rounds, 7)
         made = models.made(name, "fp32")
         found = measured(
-            {"ours": Engine(models.load(made.bundle)), "fp32": Torch(made.backbone, made.adapter, "fp32")}, lengths
+            {"ours": Engine(load(made.bundle)), "fp32": Torch(made.backbone, made.adapter, "fp32")}, lengths
         )
         for what, times in found["ours"].items():
             theirs = found["fp32"][what]
@@ -125,7 +126,7 @@ def bench_torch(names: tuple[str, ...], quick: bool) -> None:
             goal = reached(ratio.value, 1.2)
             table.row(name, "fp32", "fp32", what, rate(what, times), rate(what, theirs), ratio, goal, lengths.rounds)
         best = models.made(name, "int4")
-        contestants: dict[str, Contestant] = {"ours": Engine(models.load(best.bundle))}
+        contestants: dict[str, Contestant] = {"ours": Engine(load(best.bundle))}
         contestants |= {form: Torch(made.backbone, made.adapter, form) for form in ("fp32", "bf16", "int8")}
         found = measured(contestants, lengths)
         for what, times in found["ours"].items():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -31,7 +30,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 import deltamem_export
-import deltamem_rt as dm
 from deltamem_export import manifest
 from deltamem_export.adapter import Adapter, AdapterConfig, AttentionShape, expected_shapes
 from deltamem_export.bundle import export_bundle
@@ -152,18 +150,6 @@ def made(name: str, precision: str, place: Path = PLACE) -> Made:
     stamp.write_text(digest)
     print(f"made {name} at {precision} in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return found
-
-
-def load(path: Path, *, graph: str | None = None, max_batch: int | None = None, threads: int | None = None) -> dm.Model:
-    """The bundle, with those of these options that `Model.load` has."""
-    known = inspect.signature(dm.Model.load).parameters
-    wanted = {"graph": graph, "max_batch": max_batch, "threads": threads}
-    return dm.Model.load(path, verify=False, **{k: v for k, v in wanted.items() if v is not None and k in known})
-
-
-def has_option(name: str) -> bool:
-    """Whether `Model.load` knows an option."""
-    return name in inspect.signature(dm.Model.load).parameters
 
 
 def _sources() -> str:

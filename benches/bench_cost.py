@@ -18,10 +18,11 @@ from functools import partial
 
 import numpy as np
 
+import deltamem_rt as dm
 import models
 from measuring import Figures, Ratio, Rounds, Table, interleaved, quantity, reached
 from node_profile import profile
-from opening import has_option, load
+from opening import load
 from opponents import Engine, GenAI, Torch
 
 PROMPTS = (128, 512)
@@ -29,10 +30,12 @@ NAMES = ("qwen3-0.6b", "smollm2-135m", "embedded")
 
 
 class Lengths:
-    """How long each is measured: rounds, and tokens that are decoded behind each prompt."""
+    """How long each is measured: rounds, and tokens that are decoded behind each prompt. `share`: of the rounds, where an opponent is far
+    slower or a goal is far away."""
 
-    def __init__(self, name: str, quick: bool) -> None:
-        self.rounds, self.tokens = {"qwen3-0.6b": (7, 12), "smollm2-135m": (9, 16)}.get(name, (21, 64))
+    def __init__(self, name: str, quick: bool, share: float = 1.0) -> None:
+        rounds, self.tokens = {"qwen3-0.6b": (7, 10), "smollm2-135m": (11, 16)}.get(name, (31, 64))
+        self.rounds = max(3, round(rounds * share))
         self.prompts = PROMPTS
         if quick:
             self.rounds, self.tokens, self.prompts = 2, 3, (8, 16)
@@ -65,27 +68,35 @@ def rate(what: str, values: list[float]) -> str:
     return f"{tokens / float(np.median(values)):,.0f} /s"
 
 
+def graph_of(model: dm.Model) -> str:
+    """Which of the bundle's graphs runs; a runtime that does not say has the portable one alone."""
+    return str(getattr(model, "graph", "portable"))
+
+
 def bench_memory(names: tuple[str, ...], quick: bool) -> None:
     print(
         "\n### With memory against without\n\nTime of a prompt, and of a token after it. 1x would be a memory for nothing."
     )
-    table = Table("model", "precision", "what", "with memory", "without", "time with / without", "goal", "rounds")
+    table = Table(
+        "model", "precision", "graph", "what", "with memory", "without", "time with / without", "goal", "rounds"
+    )
     for name in names:
         for precision in models.PRECISIONS:
             made, lengths = models.made(name, precision), Lengths(name, quick)
             loaded = {"without": load(made.bare), "with": load(made.bundle)}
-            if has_option("graph"):
+            best = graph_of(loaded["with"])
+            if best != "portable":
                 loaded["portable"] = load(made.bundle, graph="portable")
             found = measured({who: Engine(model) for who, model in loaded.items()}, lengths)
             del loaded
             for who in (who for who in found if who != "without"):
-                note = ", portable graph" if who == "portable" else ""
+                graph = best if who == "with" else who
                 for what, times in found[who].items():
                     base = found["without"][what]
                     ratio = Ratio.of(times, base)
-                    goal = "-" if note else reached(ratio.value, 1.03, most=True)
+                    goal = reached(ratio.value, 1.03, most=True) if who == "with" else "-"
                     table.row(
-                        name, precision, what + note, quantity(times), quantity(base), ratio, goal, lengths.rounds
+                        name, precision, graph, what, quantity(times), quantity(base), ratio, goal, lengths.rounds
                     )
 
 
@@ -98,7 +109,7 @@ def bench_genai(names: tuple[str, ...], quick: bool) -> None:
     table = Table("model", "precision", "what", "engine", "onnxruntime-genai", "times as fast", "goal", "rounds")
     for name in names:
         for precision in models.PRECISIONS:
-            made, lengths = models.made(name, precision), Lengths(name, quick)
+            made, lengths = models.made(name, precision), Lengths(name, quick, 0.7)
             found = measured({"ours": Engine(load(made.bare)), "genai": GenAI(made.genai)}, lengths)
             for what, times in found["ours"].items():
                 theirs = found["genai"][what]
@@ -114,8 +125,7 @@ def bench_torch(names: tuple[str, ...], quick: bool) -> None:
     )
     table = Table("model", "ours", "theirs", "what", "engine", "PyTorch", "times as fast", "goal", "rounds")
     for name in names:
-        lengths = Lengths(name, quick)
-        lengths.rounds = min(lengths.rounds, 7)
+        lengths = Lengths(name, quick, 0.4)
         made = models.made(name, "fp32")
         found = measured(
             {"ours": Engine(load(made.bundle)), "fp32": Torch(made.backbone, made.adapter, "fp32")}, lengths

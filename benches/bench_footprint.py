@@ -196,7 +196,7 @@ def main() -> None:
     names = ("smoke",) if quick else ("qwen3-0.6b", "smollm2-135m", "embedded")
     print("## footprint\n\nWhat the runtime takes of a machine.")
     bench_streaming(16 if quick else 250, 3 if quick else 31)
-    bench_load(names, 1 if quick else 5)
+    bench_load(names, 1 if quick else 3)
     bench_ram(names, 2_000 if quick else 1_000_000)
 
 

@@ -224,6 +224,8 @@ def _write_bare(found: Made) -> None:
     # Only the plain graph: the bundle's other ones have the memory in them.
     sealed["graph"] = {k: v for k, v in sealed["graph"].items() if not k.endswith("_file")}
     sealed["graph"] |= {"measured_file": None, "strength": False, "gates": False}
+    if "not_fused" in sealed["graph"]:
+        sealed["graph"]["not_fused"] = "the memory is cut out of this graph"
     sealed["files"] = {n: manifest.file_entry(found.bare / n) for n in ("model.onnx", "model.onnx.data")}
     (found.bare / manifest.MANIFEST_FILE).write_bytes(manifest.encode(sealed))
 

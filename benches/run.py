@@ -4,7 +4,7 @@ when it ran, on which commit and under which load. Sections of benches that did 
 A bench is a file benches/bench_*.py that prints Markdown: a heading, what it measures and against whom, a table with medians, spread and
 the ratio to its opponent, measured in the same run. Plots go where BENCH_PLOTS says (measuring.save_plot). Rust's own benches
 (rust/*/benches/*.rs) run through `cargo bench`. A bench that fails is named in the page and makes this command fail, after the others have
-run.
+run. What people have to say of a bench's figures, why a goal is missed for one, stands in docs/benchmarks/NAME.md and is put behind them.
 
     python benches/run.py [NAME...] [--dry-run]
 """
@@ -95,6 +95,9 @@ def run(name: str, command: list[str], plots: Path) -> tuple[str, int]:
         text = f"## {name}\n\n```text\n{text}\n```"
     if done.returncode != 0:
         text = f"{text or f'## {name}'}\n\n**This bench failed with exit code {done.returncode}; what stands here is incomplete.**"
+    notes = PLOTS / f"{name}.md"
+    if notes.exists():
+        text = f"{text}\n\n{notes.read_text(encoding='utf-8').strip()}"
     took = time.monotonic() - began
     line = f"*{name}: {day}, commit {commit()}, load {before} before and {load()} after, ran {took:.0f} s.*"
     return f"{text}\n\n{line}", done.returncode

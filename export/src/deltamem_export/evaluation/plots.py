@@ -75,7 +75,7 @@ def line_plot(
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
     middle = (TOP + floor) / 2
     parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
-    for number, s in enumerate(series):
+    for number, s in reversed(tuple(enumerate(series))):  # the first lies on top
         shift = (number - (len(series) - 1) / 2) * DODGE if x_axis == "even" else 0.0
         marks = [(across(p.x) + shift, up(p.y), up(p.low), up(p.high)) for p in sorted(s.points, key=lambda p: p.x)]
         dash = ' stroke-dasharray="5 4"' if s.dashed else ""

@@ -31,6 +31,7 @@ def made(benches):
 
 def test_every_bench_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_PLOTS", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other where others use the cores
     code = (
         "import importlib, sys\n"
         f"sys.path.insert(0, {str(ROOT / 'benches')!r})\n"

@@ -68,7 +68,7 @@ fmt: setup ## format all Rust and Python
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: setup ## run the benches; the results go into docs/benchmarks.md
+bench: setup dist/.stamp ## run the benches; the results go into docs/benchmarks.md; BENCH_ARGS="cost scan" runs these alone
 	$(PY) benches/run.py $(BENCH_ARGS)
 
 wheel: dist/.stamp ## build the wheel into dist/

@@ -1,8 +1,10 @@
-"""Runs every bench and writes docs/benchmarks.md: the machine, the versions, the date, then what each bench says.
+"""Runs benches and writes their sections into docs/benchmarks.md: the machine and the versions at its head, then what each bench says with
+when it ran, on which commit and under which load. Sections of benches that did not run stay as they are.
 
 A bench is a file benches/bench_*.py that prints Markdown: a heading, what it measures and against whom, a table with medians, spread and
-the ratio to its opponent, measured in the same run. Rust's own benches (rust/*/benches/*.rs) run through `cargo bench`. A bench that
-fails is named in the page and makes this command fail, after the others have run.
+the ratio to its opponent, measured in the same run. Plots go where BENCH_PLOTS says (measuring.save_plot). Rust's own benches
+(rust/*/benches/*.rs) run through `cargo bench`. A bench that fails is named in the page and makes this command fail, after the others have
+run. What people have to say of a bench's figures, why a goal is missed for one, stands in docs/benchmarks/NAME.md and is put behind them.
 
     python benches/run.py [NAME...] [--dry-run]
 """
@@ -13,70 +15,97 @@ import argparse
 import datetime
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+PLOTS = ROOT / "docs" / "benchmarks"
 VERSIONS = ("deltamem-rt", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "numpy", "torch", "transformers")
+ORDER = ("cost", "history", "sessions", "scan", "footprint", "engine", "store", "precision")
+"""Of the sections in the page; a bench that is not named comes behind them."""
+
+CARGO = "cargo bench"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="benches to run, such as memory_cost (default: all of them)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be written; leave docs/benchmarks.md alone"
-    )
+    parser.add_argument("names", nargs="*", help="benches to run, such as cost (default: all of them)")
+    parser.add_argument("--dry-run", action="store_true", help="print the sections; leave docs/benchmarks.md alone")
     options = parser.parse_args()
     benches = {path.stem.removeprefix("bench_"): path for path in sorted(Path(__file__).parent.glob("bench_*.py"))}
-    unknown = set(options.names) - benches.keys()
+    commands = {name: [sys.executable, str(benches[name])] for name in ordered(benches)}
+    if any(ROOT.glob("rust/*/benches/*.rs")):
+        commands[CARGO] = ["cargo", "bench", "--workspace", "--quiet"]
+    unknown = set(options.names) - commands.keys()
     if unknown:
-        parser.error(f"there is no bench {', '.join(sorted(unknown))}; there are: {', '.join(benches) or 'none'}")
+        parser.error(f"there is no bench {', '.join(sorted(unknown))}; there are: {', '.join(commands)}")
 
-    sections, failed = [machine()], []
-    for name in options.names or benches:
-        section, code = run(name, [sys.executable, str(benches[name])])
-        sections.append(section)
+    failed = []
+    for name in options.names or commands:
+        with tempfile.TemporaryDirectory() as scratch:
+            section, code = run(name, commands[name], Path(scratch) if options.dry_run else PLOTS)
         failed += [name] * (code != 0)
-    if not options.names and any(ROOT.glob("rust/*/benches/*.rs")):
-        section, code = run("cargo bench", ["cargo", "bench", "--workspace", "--quiet"], verbatim=True)
-        sections.append(section)
-        failed += ["cargo bench"] * (code != 0)
-
-    page = "\n\n".join(section.strip() for section in sections) + "\n"
-    if options.dry_run:
-        print(page)
-    elif options.names:
-        print(page)
-        print("only some benches ran, so docs/benchmarks.md was left as it is", file=sys.stderr)
-    else:
-        PAGE.write_text(page, encoding="utf-8")
-        print(f"written: {PAGE.relative_to(ROOT)}")
+        if options.dry_run:
+            print(section, flush=True)
+            continue
+        # After each one: what was measured is not lost when a later bench is stopped.
+        old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        PAGE.write_text(page(head(), {**sections(old), name: section}), encoding="utf-8")
+        print(f"written: {PAGE.relative_to(ROOT)}, {name}", flush=True)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def run(name: str, command: list[str], verbatim: bool = False) -> tuple[str, int]:
+# ---------------------------------------------------------------------- the page
+
+
+def sections(page: str) -> dict[str, str]:
+    """What stands between a bench's marks, by its name."""
+    found = re.findall(r"<!-- bench: (.+?) -->\n(.*?)\n<!-- end of \1 -->", page, re.DOTALL)
+    return {name: text.strip() for name, text in found}
+
+
+def page(head: str, sections: dict[str, str]) -> str:
+    """The whole page."""
+    marked = [f"<!-- bench: {name} -->\n{sections[name].strip()}\n<!-- end of {name} -->" for name in ordered(sections)]
+    return "\n\n".join([head.strip(), *marked]) + "\n"
+
+
+def ordered(names: Sequence[str] | dict[str, object]) -> list[str]:
+    """The benches in the order of the page."""
+    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+
+def run(name: str, command: list[str], plots: Path) -> tuple[str, int]:
     """What a bench printed, as a section, and its exit code. Its own words on stderr are shown as they come."""
     print(f"bench {name} ...", file=sys.stderr, flush=True)
-    began = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    began, before, day = time.monotonic(), load(), datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    environment = {**os.environ, "BENCH_PLOTS": str(plots)}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     text = done.stdout.strip()
-    if verbatim:
+    if name == CARGO:
         text = f"## {name}\n\n```text\n{text}\n```"
     if done.returncode != 0:
         text = f"{text or f'## {name}'}\n\n**This bench failed with exit code {done.returncode}; what stands here is incomplete.**"
-    return f"{text}\n\n*{name}: ran {time.monotonic() - began:.0f} s.*", done.returncode
+    notes = PLOTS / f"{name}.md"
+    if notes.exists():
+        text = f"{text}\n\n{notes.read_text(encoding='utf-8').strip()}"
+    took = time.monotonic() - began
+    line = f"*{name}: {day}, commit {commit()}, load {before} before and {load()} after, ran {took:.0f} s.*"
+    return f"{text}\n\n{line}", done.returncode
 
 
-def machine() -> str:
-    """The page's head: where and with what the figures were made."""
+def head() -> str:
+    """The page's head: with what the figures were made."""
     rows = [
-        ("date", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("processor", processor()),
         (
             "cores",
@@ -84,14 +113,13 @@ def machine() -> str:
         ),
         ("memory", memory()),
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
-        ("commit", commit()),
-        ("load before", load()),
     ]
     rows += [(name, installed) for name in VERSIONS if (installed := version_of(name))]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        "# Benchmarks\n\nWritten by `make bench`. Every ratio is against an opponent measured in the same run.\n\n"
-        f"| | |\n|---|---|\n{table}"
+        "# Benchmarks\n\nWritten by `make bench`; `python benches/run.py NAME` writes one section again. Every ratio is against an "
+        "opponent measured in the same run. The machine is shared: under each section stand its time and the load (of one minute) before "
+        f"and after it, its own included.\n\n| | |\n|---|---|\n{table}"
     )
 
 
@@ -127,7 +155,7 @@ def commit() -> str:
 
 
 def load() -> str:
-    return f"{os.getloadavg()[0]:.2f} (1 minute)" if hasattr(os, "getloadavg") else "unknown"
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 if __name__ == "__main__":

@@ -39,21 +39,23 @@ def line_plot(
     y_label: str,
     x_axis: str = "even",
     y_range: tuple[float, float] = (0.0, 1.0),
+    y_axis: str = "linear",
 ) -> str:
-    """An SVG element. x_axis: even (one step from each x to the next), linear, or log (x over 0)."""
+    """An SVG element. x_axis: even (one step from each x to the next), linear, or log (x over 0). y_axis: linear, or log (y over 0), from
+    and to a half of a power of ten around `y_range`."""
     series = [s for s in series if s.points]
     xs = sorted({p.x for s in series for p in s.points})
     if not xs:
         return ""
     place, ticks = _axis(xs, x_axis)
-    bottom, top = y_range
+    height, levels = _heights(y_range, y_axis)
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def across(x: float) -> float:
         return LEFT + 14 + place(x) * (right - LEFT - 28)
 
     def up(y: float) -> float:
-        return float(floor - (min(max(y, bottom), top) - bottom) / (top - bottom) * (floor - TOP))
+        return float(floor - height(y) * (floor - TOP))
 
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
@@ -61,10 +63,11 @@ def line_plot(
         'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" fill="#333">'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
     ]
-    for i in range(6):
-        y = bottom + (top - bottom) * i / 5
+    for y in levels:
         parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{up(y):.1f}" y2="{up(y):.1f}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{up(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{up(y) + 4:.1f}" text-anchor="end">{_short(y) if y_axis == "log" else f"{y:.4g}"}</text>'
+        )
     for x in ticks:
         parts.append(f'<line x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{floor}" y2="{floor + 4}" stroke="#999"/>')
         parts.append(f'<text x="{across(x):.1f}" y="{floor + 18}" text-anchor="middle">{_short(x)}</text>')
@@ -72,7 +75,7 @@ def line_plot(
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
     middle = (TOP + floor) / 2
     parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
-    for number, s in enumerate(series):
+    for number, s in reversed(tuple(enumerate(series))):  # the first lies on top
         shift = (number - (len(series) - 1) / 2) * DODGE if x_axis == "even" else 0.0
         marks = [(across(p.x) + shift, up(p.y), up(p.low), up(p.high)) for p in sorted(s.points, key=lambda p: p.x)]
         dash = ' stroke-dasharray="5 4"' if s.dashed else ""
@@ -91,6 +94,17 @@ def line_plot(
         )
         parts.append(f'<text x="{right + 44}" y="{y + 4}">{escape(s.name)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def _heights(y_range: tuple[float, float], kind: str) -> tuple[Callable[[float], float], list[float]]:
+    """From y to 0..1, and where lines stand."""
+    if kind == "log":
+        place, levels = _axis(sorted(y_range), "log")
+        return (lambda y: min(max(place(y), 0.0), 1.0)), levels
+    bottom, top = y_range
+    return (lambda y: (min(max(y, bottom), top) - bottom) / (top - bottom)), [
+        bottom + (top - bottom) * i / 5 for i in range(6)
+    ]
 
 
 def _axis(xs: list[float], kind: str) -> tuple[Callable[[float], float], list[float]]:

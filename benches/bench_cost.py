@@ -1,0 +1,196 @@
+"""What a memory costs, and how fast the engine is without one: a prompt of 128 and of 512 tokens, then single tokens, all greedy.
+
+with memory   against the same engine on the same backbone with the memory cut out of its graph (models.py)
+the backbone  against onnxruntime-genai's own generator on that graph and those weights
+with memory   against Hugging Face and PyTorch with the reference memory, at the same precision and at the best of each
+where         ONNX Runtime's own profile of the portable graph: the memory's nodes beside the backbone's
+
+    python benches/bench_cost.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+
+import deltamem_rt as dm
+import models
+from measuring import Figures, Ratio, Rounds, Table, interleaved, quantity, reached
+from node_profile import profile
+from opening import load
+from opponents import Engine, GenAI, Torch
+
+PROMPTS = (128, 512)
+NAMES = ("qwen3-0.6b", "smollm2-135m", "embedded")
+
+
+class Lengths:
+    """How long each is measured: rounds, and tokens that are decoded behind each prompt. `share`: of the rounds, where an opponent is far
+    slower or a goal is far away."""
+
+    def __init__(self, name: str, quick: bool, share: float = 1.0) -> None:
+        rounds, self.tokens = {"qwen3-0.6b": (7, 10), "smollm2-135m": (11, 16)}.get(name, (31, 64))
+        self.rounds = max(3, round(rounds * share))
+        self.prompts = PROMPTS
+        if quick:
+            self.rounds, self.tokens, self.prompts = 2, 3, (8, 16)
+
+
+Contestant = Callable[[np.ndarray, int], Figures]
+
+
+def both_prompts(contestant: Contestant, lengths: Lengths) -> Figures:
+    """One turn: each prompt with its decode."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for length in lengths.prompts:
+        prompt = rng.integers(3, 120, length, dtype=np.int32)
+        for what, value in contestant(prompt, lengths.tokens).items():
+            found[f"{what}, {length} tokens" if what == "prefill" else f"{what} after {length}"] = value
+    return found
+
+
+def measured(contestants: Mapping[str, Contestant], lengths: Lengths) -> Rounds:
+    gc.collect()
+    found = interleaved({who: partial(both_prompts, one, lengths) for who, one in contestants.items()}, lengths.rounds)
+    gc.collect()
+    return found
+
+
+def rate(what: str, values: list[float]) -> str:
+    """Tokens a second of one figure."""
+    tokens = int(what.split(", ")[1].split()[0]) if what.startswith("prefill") else 1
+    return f"{tokens / float(np.median(values)):,.0f} /s"
+
+
+def graph_of(model: dm.Model) -> str:
+    """Which of the bundle's graphs runs; a runtime that does not say has the portable one alone."""
+    return str(getattr(model, "graph", "portable"))
+
+
+def bench_memory(names: tuple[str, ...], quick: bool) -> None:
+    print(
+        "\n### With memory against without\n\nTime of a prompt, and of a token after it. 1x would be a memory for nothing."
+    )
+    table = Table(
+        "model", "precision", "graph", "what", "with memory", "without", "time with / without", "goal", "rounds"
+    )
+    for name in names:
+        for precision in models.PRECISIONS:
+            made, lengths = models.made(name, precision), Lengths(name, quick)
+            loaded = {"without": load(made.bare), "with": load(made.bundle)}
+            best = graph_of(loaded["with"])
+            if best != "portable":
+                loaded["portable"] = load(made.bundle, graph="portable")
+            found = measured({who: Engine(model) for who, model in loaded.items()}, lengths)
+            del loaded
+            for who in (who for who in found if who != "without"):
+                graph = best if who == "with" else who
+                for what, times in found[who].items():
+                    base = found["without"][what]
+                    ratio = Ratio.of(times, base)
+                    goal = reached(ratio.value, 1.03, most=True) if who == "with" else "-"
+                    table.row(
+                        name, precision, graph, what, quantity(times), quantity(base), ratio, goal, lengths.rounds
+                    )
+
+
+def bench_genai(names: tuple[str, ...], quick: bool) -> None:
+    print(
+        "\n### The same graph without memory against onnxruntime-genai\n\nTokens a second; genai's generator runs with its own "
+        "settings (its threads spin, ours do not), and making it is not counted. Its graph has the same weights and computes the "
+        "last token's logits alone, as ours."
+    )
+    table = Table("model", "precision", "what", "engine", "onnxruntime-genai", "times as fast", "goal", "rounds")
+    for name in names:
+        for precision in models.PRECISIONS:
+            made, lengths = models.made(name, precision), Lengths(name, quick, 0.7)
+            found = measured({"ours": Engine(load(made.bare)), "genai": GenAI(made.genai)}, lengths)
+            for what, times in found["ours"].items():
+                theirs = found["genai"][what]
+                ratio = Ratio.of(theirs, times)
+                goal = reached(ratio.value, 1.0)
+                table.row(name, precision, what, rate(what, times), rate(what, theirs), ratio, goal, lengths.rounds)
+
+
+def bench_torch(names: tuple[str, ...], quick: bool) -> None:
+    print(
+        "\n### With memory against Hugging Face and PyTorch with the reference memory\n\nTokens a second. The same precision is fp32; "
+        "at the best of each ours is int4, theirs what is fastest of fp32, bf16 and dynamic int8."
+    )
+    table = Table("model", "ours", "theirs", "what", "engine", "PyTorch", "times as fast", "goal", "rounds")
+    for name in names:
+        lengths = Lengths(name, quick, 0.4)
+        made = models.made(name, "fp32")
+        found = measured(
+            {"ours": Engine(load(made.bundle)), "fp32": Torch(made.backbone, made.adapter, "fp32")}, lengths
+        )
+        for what, times in found["ours"].items():
+            theirs = found["fp32"][what]
+            ratio = Ratio.of(theirs, times)
+            goal = reached(ratio.value, 1.2)
+            table.row(name, "fp32", "fp32", what, rate(what, times), rate(what, theirs), ratio, goal, lengths.rounds)
+        best = models.made(name, "int4")
+        contestants: dict[str, Contestant] = {"ours": Engine(load(best.bundle))}
+        contestants |= {form: Torch(made.backbone, made.adapter, form) for form in ("fp32", "bf16", "int8")}
+        found = measured(contestants, lengths)
+        for what, times in found["ours"].items():
+            form = min(("fp32", "bf16", "int8"), key=lambda form, what=what: float(np.median(found[form][what])))
+            theirs = found[form][what]
+            ratio = Ratio.of(theirs, times)
+            goal = reached(ratio.value, 4.0)
+            table.row(name, "int4", form, what, rate(what, times), rate(what, theirs), ratio, goal, lengths.rounds)
+
+
+def bench_profile(names: tuple[str, ...], quick: bool) -> None:
+    print(
+        "\n### Where a memory's time goes\n\nONNX Runtime's profile of the portable graph in Python's own onnxruntime, per step: a token "
+        "after 128, and a prompt of 128. Kernel times; what lies between two nodes is not in them, so many small nodes cost more than "
+        "their sum. `model` here is all that is not the memory's."
+    )
+    table = Table("model", "precision", "step", "nodes", "of the memory", "model", "memory", "its largest")
+    steps = 2 if quick else 8
+    for name in names:
+        for precision in models.PRECISIONS:
+            made = models.made(name, precision)
+            for step, tokens in (("a token", 1), ("128 tokens", 128)):
+                found = profile(made.bundle, tokens, steps)
+                largest = ", ".join(f"{op} {quantity(time)}" for op, time in found.largest(4))
+                table.row(
+                    name,
+                    precision,
+                    step,
+                    found.nodes,
+                    found.memory_nodes,
+                    quantity(found.model_seconds),
+                    quantity(found.memory_seconds),
+                    largest,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the smallest model and few rounds: to see that it runs")
+    parser.add_argument("--only", choices=("memory", "genai", "torch", "profile"), help="one part of it")
+    parser.add_argument("--models", nargs="+", default=NAMES, help=", ".join(NAMES))
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # PyTorch's and transformers' own
+    names = ("smoke",) if options.quick else tuple(options.models)
+    print("## cost\n\nRandom weights with a random adapter of rank 8 on every layer (`benches/models.py`):\n")
+    print("\n".join(f"* `{name}`: {models.SHAPES[name].says}" for name in names))
+    print(
+        "\nMedians over rounds in which all opponents take turns; ratios are medians of the rounds' own, with their range."
+    )
+    parts = {"memory": bench_memory, "genai": bench_genai, "torch": bench_torch, "profile": bench_profile}
+    for part, bench in parts.items():
+        if options.only in (None, part):
+            bench(names, options.quick)
+
+
+if __name__ == "__main__":
+    main()

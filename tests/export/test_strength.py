@@ -174,6 +174,7 @@ def test_an_older_bundle_refuses_other_strengths_until_it_is_calibrated_and_keep
         "description": "a test's",
         "conversations": 1,
         "turns": 25,
+        "left_out": 0,
         "tokens": 25 * 27,
     }
     with model.session(strength=0.5) as session:

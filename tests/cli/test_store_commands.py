@@ -453,8 +453,13 @@ def test_a_clean_store_is_clean_and_needs_no_repair(run, asked, path, tmp_path):
 def hurt(path: Path) -> None:
     """One byte of one state is another one, wherever the file has that state."""
     with opened(path) as store:
-        memory = store.snapshot("ada", "v1").memory.tobytes()
-    needle = next(memory[at : at + 32] for at in range(0, len(memory), 32) if memory[at : at + 32].count(0) < 8)
+        states = {
+            commit.id: store.snapshot("ada", commit.id).memory.tobytes()
+            for commit in store.log("ada", ["main", "aside"])
+        }
+        memory = states.pop(store.show("ada", "v1").id)
+    places = (memory[at : at + 32] for at in range(0, len(memory), 32))
+    needle = next(place for place in places if not any(place in state for state in states.values()))
     data = path.read_bytes()
     assert needle in data
     path.write_bytes(data.replace(needle, bytes([needle[0] ^ 0xFF]) + needle[1:]))

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod edits;
+pub mod eight;
 pub mod gates;
 pub mod geometry;
 pub mod health;

@@ -11,6 +11,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::eight::{Eight, LANES, Plain};
+
 /// How β and λ become the gates keep, erase and write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -140,7 +142,16 @@ pub fn scan(
     state: &mut [f32],
     reads: &mut [f32],
 ) -> Result<(), RuleError> {
-    scan_in(&mut Room::default(), heads, rank, gates, tokens, state, reads)
+    scan_in(
+        Plain,
+        &mut Room::default(),
+        heads,
+        rank,
+        gates,
+        tokens,
+        state,
+        reads,
+    )
 }
 
 /// What [`scan_in`] works in; kept from call to call, nothing is allocated for a rank that was seen before.
@@ -149,13 +160,15 @@ pub struct Room {
     columns: Vec<[f32; LANES]>,
 }
 
-/// [`scan`] in room of the caller's. It is compiled into its caller, with the instructions that the caller may use; the bits stay the same.
+/// [`scan`] in room of the caller's and with the caller's instructions; the bits stay the same. It is compiled into its caller.
 ///
 /// # Errors
 /// As [`scan`].
 #[inline(always)]
 #[allow(clippy::inline_always)] // a function with more target features takes it in
-pub fn scan_in(
+#[allow(clippy::too_many_arguments)]
+pub fn scan_in<E: Eight>(
+    eight: E,
     room: &mut Room,
     heads: usize,
     rank: usize,
@@ -176,7 +189,7 @@ pub fn scan_in(
                 head,
                 first,
             };
-            scan_block(block, tokens, columns, state, reads);
+            scan_block(eight, block, tokens, columns, state, reads);
         }
     }
     Ok(())
@@ -227,11 +240,9 @@ fn product(sizes: &[usize]) -> usize {
         .fold(1, |product: usize, &size| product.saturating_mul(size))
 }
 
-/// Rows of S that move together, one in each lane of a vector register. The rows of a state never look at each other, so a block of them
-/// goes through all the tokens before the next one begins, and stays close to the processor meanwhile.
-const LANES: usize = 8;
-
-/// Which rows a block holds: up to [`LANES`] of them from row `first` of `head` on.
+/// Which rows a block holds: up to [`LANES`] of them from row `first` of `head` on, one in each lane of a vector register. The rows of a
+/// state never look at each other, so a block of them goes through all the tokens before the next one begins, and stays close to the
+/// processor meanwhile.
 #[derive(Clone, Copy)]
 struct Block {
     heads: usize,
@@ -280,7 +291,8 @@ fn lanes(values: &[f32]) -> [f32; LANES] {
 /// lanes.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `scan_in`
-fn scan_block(
+fn scan_block<E: Eight>(
+    eight: E,
     block: Block,
     tokens: &Tokens<'_>,
     columns: &mut [[f32; LANES]],
@@ -297,27 +309,24 @@ fn scan_block(
     for (token, &moves) in tokens.mask.iter().enumerate() {
         let vector = block.vector(token);
         let (q, k) = (&tokens.q[vector..][..rank], &tokens.k[vector..][..rank]);
-        let (mut read, mut recalled) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        let (mut read, mut recalled) = (eight.splat(0.0), eight.splat(0.0));
         for ((column, &q), &k) in columns.iter().zip(q).zip(k) {
-            for lane in 0..LANES {
-                read[lane] += column[lane] * q;
-                recalled[lane] += column[lane] * k;
-            }
+            let column = eight.load(column);
+            read = eight.add(read, eight.multiply(column, eight.splat(q)));
+            recalled = eight.add(recalled, eight.multiply(column, eight.splat(k)));
         }
-        reads[vector + block.first..][..rows].copy_from_slice(&read[..rows]);
+        reads[vector + block.first..][..rows].copy_from_slice(&eight.store(read)[..rows]);
         if moves {
-            let v = lanes(block.of(tokens.v, token));
-            let keep = block.gate(tokens.keep, token);
-            let erase = block.gate(tokens.erase, token);
-            let write = block.gate(tokens.write, token);
-            let mut amount = [0.0; LANES];
-            for lane in 0..LANES {
-                amount[lane] = write[lane] * v[lane] - erase[lane] * recalled[lane];
-            }
+            let v = eight.load(&lanes(block.of(tokens.v, token)));
+            let [keep, erase, write] =
+                [tokens.keep, tokens.erase, tokens.write].map(|all| eight.load(&block.gate(all, token)));
+            let amount = eight.subtract(eight.multiply(write, v), eight.multiply(erase, recalled));
             for (column, &k) in columns.iter_mut().zip(k) {
-                for lane in 0..LANES {
-                    column[lane] = keep[lane] * column[lane] + amount[lane] * k;
-                }
+                let (kept, put) = (
+                    eight.multiply(keep, eight.load(column)),
+                    eight.multiply(amount, eight.splat(k)),
+                );
+                *column = eight.store(eight.add(kept, put));
             }
         }
     }

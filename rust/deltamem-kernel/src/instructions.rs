@@ -1,8 +1,14 @@
-//! Which vector instructions the processor has. Work that is written once, in plain loops, is compiled for each set that is worth it and
-//! runs as the best one; nothing is built for one machine. AVX-512 is not among them: a decode step waits for memory, and the products of a
-//! prefill are too small a part of it to pay for the wheel's bytes.
+//! Which vector instructions the processor has. Work is written once, eight numbers at a time, is compiled for each set that is worth it,
+//! and runs as the best one; nothing is built for one machine. AVX-512 is not among them: a decode step waits for memory, and the products
+//! of a prefill are too small a part of it to pay for the wheel's bytes.
 
 use std::fmt;
+
+use deltamem_core::eight::{Eight, LANES, Plain};
+
+#[cfg(target_arch = "x86_64")]
+use crate::avx2::Avx2;
+use crate::half;
 
 /// A set of instructions that this processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +32,10 @@ impl Instructions {
     pub fn available() -> Vec<Self> {
         let mut found = vec![Self(Set::Baseline)];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
             found.push(Self(Set::Avx2));
         }
         found
@@ -48,10 +57,7 @@ impl Instructions {
     #[allow(unsafe_code)]
     pub(crate) fn run<W: Work>(self, work: W) -> W::Output {
         match self.0 {
-            #[cfg(target_arch = "aarch64")]
-            Set::Baseline => work.run::<Fused>(),
-            #[cfg(not(target_arch = "aarch64"))]
-            Set::Baseline => work.run::<Apart>(),
+            Set::Baseline => work.run(Plain),
             // SAFETY: `available` is the only place that makes this set, and has found these features in this processor.
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => unsafe { with_avx2(work) },
@@ -70,43 +76,42 @@ impl fmt::Display for Instructions {
 pub(crate) trait Work {
     type Output;
 
-    fn run<A: Arithmetic>(self) -> Self::Output;
+    fn run<A: Arithmetic>(self, arithmetic: A) -> Self::Output;
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn with_avx2<W: Work>(work: W) -> W::Output {
-    work.run::<Fused>()
+    work.run(Avx2::new())
 }
 
-/// What differs between the sets beyond the compiler's choice.
-pub(crate) trait Arithmetic {
-    /// a · b + c.
-    fn multiply_add(a: f32, b: f32, c: f32) -> f32;
+/// What the products need beyond [`Eight`]. The sets' bits differ here: one rounding or two.
+pub(crate) trait Arithmetic: Eight {
+    /// a · b + c of each lane.
+    fn multiply_add(self, a: Self::Numbers, b: Self::Numbers, c: Self::Numbers) -> Self::Numbers;
+
+    /// What eight halves of [`half::narrow`] stand for.
+    fn widen(self, halves: &[u16; LANES]) -> Self::Numbers;
 }
 
-/// One instruction, rounded once.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) struct Fused;
-
-/// Two instructions: without one for both, Rust would call a function for each number.
-#[cfg(not(target_arch = "aarch64"))]
-pub(crate) struct Apart;
-
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-impl Arithmetic for Fused {
+#[allow(clippy::inline_always)] // see `Work`
+impl Arithmetic for Plain {
+    // One instruction on aarch64, rounded once. Elsewhere two: without one for both, Rust would call a function for each number.
     #[inline(always)]
-    #[allow(clippy::inline_always)] // see `Work`
-    fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
+    fn multiply_add(self, a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
+        let mut out = c;
+        for lane in 0..LANES {
+            out[lane] = if cfg!(target_arch = "aarch64") {
+                a[lane].mul_add(b[lane], out[lane])
+            } else {
+                a[lane] * b[lane] + out[lane]
+            };
+        }
+        out
     }
-}
 
-#[cfg(not(target_arch = "aarch64"))]
-impl Arithmetic for Apart {
     #[inline(always)]
-    #[allow(clippy::inline_always)] // see `Work`
-    fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
-        a * b + c
+    fn widen(self, halves: &[u16; LANES]) -> [f32; LANES] {
+        halves.map(half::widen)
     }
 }

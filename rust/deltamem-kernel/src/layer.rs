@@ -3,6 +3,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use deltamem_core::eight::LANES;
 use deltamem_core::gates::{Gate, l2_normalize};
 use deltamem_core::rule::{self, Room, RuleError, Tokens};
 use deltamem_core::{Gates, UpdateMode};
@@ -683,9 +684,10 @@ impl Work for Product<'_> {
 
     #[inline(always)]
     #[allow(clippy::inline_always)] // see `instructions::Work`
-    fn run<A: Arithmetic>(self) {
+    fn run<A: Arithmetic>(self, arithmetic: A) {
         let stride = self.weights.columns();
-        self.weights.multiply::<A>(
+        self.weights.multiply(
+            arithmetic,
             self.x,
             &mut Into {
                 values: self.out,
@@ -710,11 +712,20 @@ impl Work for Scan<'_, '_> {
 
     #[inline(always)]
     #[allow(clippy::inline_always)] // see `instructions::Work`
-    fn run<A: Arithmetic>(self) -> Self::Output {
+    fn run<A: Arithmetic>(self, arithmetic: A) -> Self::Output {
         let &Settings {
             heads, rank, gates, ..
         } = self.settings;
-        rule::scan_in(self.room, heads, rank, gates, self.tokens, self.state, self.reads)
+        rule::scan_in(
+            arithmetic,
+            self.room,
+            heads,
+            rank,
+            gates,
+            self.tokens,
+            self.state,
+            self.reads,
+        )
     }
 }
 
@@ -731,7 +742,7 @@ impl Work for Correct<'_> {
 
     #[inline(always)]
     #[allow(clippy::inline_always)] // see `instructions::Work`
-    fn run<A: Arithmetic>(self) {
+    fn run<A: Arithmetic>(self, arithmetic: A) {
         let Self {
             target,
             out,
@@ -758,7 +769,8 @@ impl Work for Correct<'_> {
             for correction in &target.corrections {
                 let start = correction.start;
                 let Some((weights, epsilon)) = &correction.norm else {
-                    correction.weights.multiply::<A>(
+                    correction.weights.multiply(
+                        arithmetic,
                         reads,
                         &mut Into {
                             values: out,
@@ -771,7 +783,8 @@ impl Work for Correct<'_> {
                 };
                 let own = correction.weights.columns();
                 let mut delta = vec![0.0; reads.len() / inner * own];
-                correction.weights.multiply::<A>(
+                correction.weights.multiply(
+                    arithmetic,
                     reads,
                     &mut Into {
                         values: &mut delta,
@@ -781,7 +794,7 @@ impl Work for Correct<'_> {
                     },
                 );
                 for (row, delta) in out.chunks_exact_mut(width).zip(delta.chunks_exact_mut(own)) {
-                    rms_norm(delta, weights, *epsilon);
+                    rms_norm(arithmetic, delta, weights, *epsilon);
                     for (out, delta) in row[start..start + own].iter_mut().zip(delta) {
                         *out += *delta;
                     }
@@ -789,7 +802,7 @@ impl Work for Correct<'_> {
             }
             if let Some(norm) = &target.norm {
                 for head in out.chunks_exact_mut(norm.weights.len()) {
-                    rms_norm(head, &norm.weights, norm.epsilon);
+                    rms_norm(arithmetic, head, &norm.weights, norm.epsilon);
                 }
             }
         }
@@ -799,18 +812,22 @@ impl Work for Correct<'_> {
 /// x / sqrt(mean(x²) + ε) · weights, in place.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `instructions::Work`
-fn rms_norm(x: &mut [f32], weights: &[f32], epsilon: f32) {
-    const LANES: usize = 8;
-    let mut sums = [0.0_f32; LANES];
-    let (whole, rest) = x.as_chunks::<LANES>();
-    for eight in whole {
-        for lane in 0..LANES {
-            sums[lane] += eight[lane] * eight[lane];
-        }
+fn rms_norm<A: Arithmetic>(arithmetic: A, x: &mut [f32], weights: &[f32], epsilon: f32) {
+    let count = x.len() as f32;
+    let (whole, rest) = x.as_chunks_mut::<LANES>();
+    let mut sums = arithmetic.splat(0.0);
+    for eight in &*whole {
+        let eight = arithmetic.load(eight);
+        sums = arithmetic.add(sums, arithmetic.multiply(eight, eight));
     }
-    let sum = sums.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
-    let factor = 1.0 / (sum / x.len() as f32 + epsilon).sqrt();
-    for (x, weight) in x.iter_mut().zip(weights) {
+    let sum = arithmetic.store(sums).iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
+    let factor = 1.0 / (sum / count + epsilon).sqrt();
+    let (eights, last) = weights.as_chunks::<LANES>();
+    for (x, weights) in whole.iter_mut().zip(eights) {
+        let by = arithmetic.multiply(arithmetic.splat(factor), arithmetic.load(weights));
+        *x = arithmetic.store(arithmetic.multiply(arithmetic.load(x), by));
+    }
+    for (x, weight) in rest.iter_mut().zip(last) {
         *x *= factor * weight;
     }
 }

@@ -1,10 +1,12 @@
 //! One memory layer, fast: everything that a decoder's layer does for its memory, in one pass over plain f32 slices. The engine registers
 //! it with ONNX Runtime as the one node that stands in the place of the graft's thirty.
 //!
-//! The rule itself is `deltamem_core`'s; what is here is its products, in code that the compiler vectorises, compiled once for each set of
+//! The rule itself is `deltamem_core`'s; what is here is its products, eight numbers at a time, compiled once for each set of
 //! instructions and chosen at run time. It knows no ONNX Runtime, no threads of its own, no model. Its twin, written to be read, is
 //! `deltamem_core::networks`; tests hold the two together.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod half;
 mod instructions;
 mod layer;

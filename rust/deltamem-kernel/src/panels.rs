@@ -1,14 +1,14 @@
 //! A matrix packed for products with few rows: its columns in panels as wide as the registers, each read from front to back once. It knows
 //! nothing of what it multiplies.
 
+use deltamem_core::eight::LANES;
+
 use crate::half;
 use crate::instructions::Arithmetic;
 
 /// Columns of a panel, and of the narrow panels at the end.
 const WIDE: usize = 32;
-const NARROW: usize = 8;
-/// Numbers of a vector register.
-const LANES: usize = 8;
+const NARROW: usize = LANES;
 
 /// A matrix [inner, columns] in panels of 32 columns and then of 8, each [inner, width]; the last one is filled up with zeros.
 #[derive(Debug)]
@@ -38,23 +38,24 @@ pub(crate) struct Into<'a> {
 }
 
 /// How a weight is kept.
-trait Stored: Copy {
-    fn wide(self) -> f32;
+trait Stored: Sized {
+    /// Eight weights, in f32.
+    fn wide<A: Arithmetic>(arithmetic: A, stored: &[Self; LANES]) -> A::Numbers;
 }
 
 impl Stored for f32 {
     #[inline(always)]
     #[allow(clippy::inline_always)]
-    fn wide(self) -> f32 {
-        self
+    fn wide<A: Arithmetic>(arithmetic: A, stored: &[f32; LANES]) -> A::Numbers {
+        arithmetic.load(stored)
     }
 }
 
 impl Stored for u16 {
     #[inline(always)]
     #[allow(clippy::inline_always)]
-    fn wide(self) -> f32 {
-        half::widen(self)
+    fn wide<A: Arithmetic>(arithmetic: A, stored: &[u16; LANES]) -> A::Numbers {
+        arithmetic.widen(stored)
     }
 }
 
@@ -98,24 +99,30 @@ impl Panels {
     /// x [rows, inner] times the matrix, into rows of the caller's. The order of the sums is the same for any number of rows.
     #[inline(always)]
     #[allow(clippy::inline_always)] // see `instructions::Work`
-    pub(crate) fn multiply<A: Arithmetic>(&self, x: &[f32], into: &mut Into<'_>) {
+    pub(crate) fn multiply<A: Arithmetic>(&self, arithmetic: A, x: &[f32], into: &mut Into<'_>) {
         match &self.numbers {
-            Numbers::Single(numbers) => self.multiply_stored::<A, f32>(numbers, x, into),
-            Numbers::Half(numbers) => self.multiply_stored::<A, u16>(numbers, x, into),
+            Numbers::Single(numbers) => self.multiply_stored(arithmetic, numbers, x, into),
+            Numbers::Half(numbers) => self.multiply_stored(arithmetic, numbers, x, into),
         }
     }
 
     #[inline(always)]
     #[allow(clippy::inline_always)]
-    fn multiply_stored<A: Arithmetic, S: Stored>(&self, numbers: &[S], x: &[f32], into: &mut Into<'_>) {
+    fn multiply_stored<A: Arithmetic, S: Stored>(
+        &self,
+        arithmetic: A,
+        numbers: &[S],
+        x: &[f32],
+        into: &mut Into<'_>,
+    ) {
         let padded = self.columns.next_multiple_of(NARROW);
         for (first, width) in panels(padded) {
             let panel = &numbers[self.inner * first..][..self.inner * width];
             let columns = first..(first + width).min(self.columns);
             if width == WIDE {
-                self.multiply_panel::<A, S, { WIDE / LANES }>(panel, x, columns, into);
+                self.multiply_panel::<A, S, { WIDE / LANES }>(arithmetic, panel, x, columns, into);
             } else {
-                self.multiply_panel::<A, S, { NARROW / LANES }>(panel, x, columns, into);
+                self.multiply_panel::<A, S, { NARROW / LANES }>(arithmetic, panel, x, columns, into);
             }
         }
     }
@@ -124,6 +131,7 @@ impl Panels {
     #[allow(clippy::inline_always)]
     fn multiply_panel<A: Arithmetic, S: Stored, const V: usize>(
         &self,
+        arithmetic: A,
         panel: &[S],
         x: &[f32],
         columns: std::ops::Range<usize>,
@@ -134,63 +142,57 @@ impl Panels {
         let mut row = 0;
         for pair in &mut pairs {
             let (a, b) = pair.split_at(self.inner);
-            let (mut sums, mut others) = ([[0.0; LANES]; V], [[0.0; LANES]; V]);
+            let zero = arithmetic.splat(0.0);
+            let (mut sums, mut others) = ([zero; V], [zero; V]);
             for ((step, &a), &b) in eights.chunks_exact(V).zip(a).zip(b) {
+                let (a, b) = (arithmetic.splat(a), arithmetic.splat(b));
                 for v in 0..V {
-                    let weights = wide(&step[v]);
-                    add::<A>(a, &weights, &mut sums[v]);
-                    add::<A>(b, &weights, &mut others[v]);
+                    let weights = S::wide(arithmetic, &step[v]);
+                    sums[v] = arithmetic.multiply_add(a, weights, sums[v]);
+                    others[v] = arithmetic.multiply_add(b, weights, others[v]);
                 }
             }
-            put(into, row, &columns, &sums);
-            put(into, row + 1, &columns, &others);
+            put(arithmetic, into, row, &columns, &sums);
+            put(arithmetic, into, row + 1, &columns, &others);
             row += 2;
         }
         if !pairs.remainder().is_empty() {
-            let mut sums = [[0.0; LANES]; V];
+            let mut sums = [arithmetic.splat(0.0); V];
             for (step, &a) in eights.chunks_exact(V).zip(pairs.remainder()) {
+                let a = arithmetic.splat(a);
                 for v in 0..V {
-                    add::<A>(a, &wide(&step[v]), &mut sums[v]);
+                    sums[v] = arithmetic.multiply_add(a, S::wide(arithmetic, &step[v]), sums[v]);
                 }
             }
-            put(into, row, &columns, &sums);
+            put(arithmetic, into, row, &columns, &sums);
         }
     }
 }
 
+/// Puts a row's sums, of the panel over `columns`, where they go.
 #[inline(always)]
 #[allow(clippy::inline_always)]
-fn wide<S: Stored>(stored: &[S; LANES]) -> [f32; LANES] {
-    let mut weights = [0.0; LANES];
-    for lane in 0..LANES {
-        weights[lane] = stored[lane].wide();
-    }
-    weights
-}
-
-#[inline(always)]
-#[allow(clippy::inline_always)]
-fn add<A: Arithmetic>(x: f32, weights: &[f32; LANES], sums: &mut [f32; LANES]) {
-    for lane in 0..LANES {
-        sums[lane] = A::multiply_add(x, weights[lane], sums[lane]);
-    }
-}
-
-/// Puts a row's sums, of the panel over `columns`, where they go. Not taken in: the sums are better kept in registers until here.
-fn put<const V: usize>(
+fn put<A: Arithmetic, const V: usize>(
+    arithmetic: A,
     into: &mut Into<'_>,
     row: usize,
     columns: &std::ops::Range<usize>,
-    sums: &[[f32; LANES]; V],
+    sums: &[A::Numbers; V],
 ) {
     let out = &mut into.values[row * into.stride + into.start..][columns.clone()];
-    let sums = sums.as_flattened();
-    if into.add {
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out += sum;
+    let (eights, rest) = out.as_chunks_mut::<LANES>();
+    for (eight, &sums) in eights.iter_mut().zip(sums) {
+        let sums = if into.add {
+            arithmetic.add(arithmetic.load(eight), sums)
+        } else {
+            sums
+        };
+        *eight = arithmetic.store(sums);
+    }
+    if let Some(&sums) = sums.get(eights.len()) {
+        for (out, sum) in rest.iter_mut().zip(arithmetic.store(sums)) {
+            *out = if into.add { *out + sum } else { sum };
         }
-    } else {
-        out.copy_from_slice(&sums[..out.len()]);
     }
 }
 

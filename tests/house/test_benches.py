@@ -14,7 +14,7 @@ import pytest
 from deltamem_export.evaluation.plots import Point, Series, line_plot
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("cost", "history", "sessions", "scan", "footprint")
+BENCHES = ("cost", "history", "sessions", "waiting", "scan", "footprint")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -52,6 +53,19 @@ def test_a_crate_does_not_need_what_belongs_elsewhere(crate, forbidden):
     if manifest is None:
         pytest.skip(f"{crate} is not part of the workspace yet")
     assert not forbidden & manifest.get("dependencies", {}).keys()
+
+
+def test_unsafe_code_stands_only_where_it_is_listed():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = set(
+        re.findall(r"^\| `(rust/\S+\.rs)` \|", page.split("## Unsafe code")[1].split("\n## ")[0], re.MULTILINE)
+    )
+    found = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("rust/**/*.rs")
+        if "allow(unsafe_code)" in path.read_text(encoding="utf-8")
+    }
+    assert found == listed
 
 
 def loaded_modules(code: str) -> set[str]:

@@ -1,5 +1,5 @@
-//! One run of a graph: named tensors over memory that the caller owns, in and out, without a copy. This is the only file that hands
-//! pointers to ONNX Runtime; outside it a run is safe Rust. It knows nothing of what the tensors mean.
+//! One run of a graph: named tensors over memory that the caller owns, in and out, without a copy. Outside this file a run is safe Rust. It knows
+//! nothing of what the tensors mean.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;

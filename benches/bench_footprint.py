@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from measuring import Figures, Ratio, Table, interleaved, quantity, seconds
 SESSIONS = 32
 
 
-def weighed(bundle: Path, tokens: int = 0) -> dict[str, object]:
+def weighed(bundle: Path, tokens: int = 0) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("weighing.py")), str(bundle), str(tokens), str(SESSIONS)]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
@@ -53,9 +54,9 @@ def bench_ram(names: tuple[str, ...], many: int) -> None:
         for precision in models.PRECISIONS:
             made = models.made(name, precision)
             bare, ours = weighed(made.bare), weighed(made.bundle)
-            (rss, anon), (base, base_anon) = ours["after turns"], bare["after turns"]  # type: ignore[misc]
+            (rss, anon), (base, base_anon) = ours["after turns"], bare["after turns"]
             more = rss / base
-            needed = sum(float(ours[part]) for part in ("state", "cache", "logits"))  # type: ignore[arg-type]
+            needed = sum(ours[part] for part in ("state", "cache", "logits"))
             table.row(
                 name,
                 precision,
@@ -64,12 +65,12 @@ def bench_ram(names: tuple[str, ...], many: int) -> None:
                 f"**{(more - 1) * 100:+.1f} %**",
                 "≤ +1 %: " + ("reached" if more <= 1.01 else "**missed**"),
                 f"{anon - base_anon:+,.1f} MiB",
-                f"{float(ours['between turns']):,.2f} MiB",  # type: ignore[arg-type]
-                f"{float(ours['in a turn']):,.2f} MiB",  # type: ignore[arg-type]
+                f"{ours['between turns']:,.2f} MiB",
+                f"{ours['in a turn']:,.2f} MiB",
                 f"{needed:,.2f} MiB",
             )
     found = weighed(dm.default_bundle(), many)
-    (rss, anon), (later, later_anon) = found["after turns"], found["after many"]  # type: ignore[misc]
+    (rss, anon), (later, later_anon) = found["after turns"], found["after many"]
     print(
         f"\nThe embedded default after {many:,} tokens in turns of 1,000: {later:,.1f} MiB resident, {later_anon:,.1f} own, against "
         f"{rss:,.1f} and {anon:,.1f} after five of them.",

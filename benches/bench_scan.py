@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
@@ -23,6 +24,7 @@ from measuring import Figures, Ratio, Table, interleaved, quantity, reached, sec
 
 TOKENS = 512
 RANKS = (8, 32, 64)
+Array = npt.NDArray[np.float32]
 CALLS = 8
 """Calls that are timed at once: one is a few microseconds."""
 
@@ -30,7 +32,7 @@ CALLS = 8
 class Operator:
     """`com.microsoft.LinearAttention` alone, its tensors bound once."""
 
-    def __init__(self, q, k, v, keep, write, state) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, q: Array, k: Array, v: Array, keep: Array, write: Array, state: Array) -> None:
         tokens, rank = q.shape[0], q.shape[-1]
         rows = keep.shape[-1]
         self._per_row = rows > 1

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -33,6 +32,8 @@ import deltamem_export
 from deltamem_export import manifest
 from deltamem_export.adapter import Adapter, AdapterConfig, AttentionShape, expected_shapes
 from deltamem_export.bundle import export_bundle
+from deltamem_export.external import link
+from deltamem_export.fused import remove_unused
 from deltamem_export.nodes import Nodes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,10 +177,7 @@ def _save_weights(name: str, found: Made) -> None:
 def _share(source: Path, folder: Path) -> None:
     """The file of weights under a second name."""
     folder.mkdir()
-    try:
-        os.link(source / "model.onnx.data", folder / "model.onnx.data")
-    except OSError:
-        shutil.copyfile(source / "model.onnx.data", folder / "model.onnx.data")
+    link(source / "model.onnx.data", folder / "model.onnx.data")
 
 
 def without_memory(model: ir.Model) -> None:
@@ -198,19 +196,8 @@ def without_memory(model: ir.Model) -> None:
     passed.shape, passed.type = old.shape, old.type
     graph.outputs[at] = passed
     old.name, passed.name = "/bare/unused", "present_memory"
-    _tidy(graph)
-
-
-def _tidy(graph: ir.Graph) -> None:
-    """Removes what leads to no output, and puts the nodes in order."""
-    kept = {id(v) for v in graph.outputs}
     graph.sort()
-    for node in reversed(tuple(graph)):
-        if not any(v.uses() or id(v) in kept for v in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in tuple(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]
+    remove_unused(graph)
 
 
 def _write_bare(found: Made) -> None:
@@ -219,15 +206,13 @@ def _write_bare(found: Made) -> None:
     without_memory(model)
     ir.save(model, found.bare / "model.onnx")
     sealed = manifest.read(found.bundle)
-    for key in ("format", "format_version", "digest"):
-        del sealed[key]
     # Only the plain graph: the bundle's other ones have the memory in them.
     sealed["graph"] = {k: v for k, v in sealed["graph"].items() if not k.endswith("_file")}
     sealed["graph"] |= {"measured_file": None, "strength": False, "gates": False}
     if "not_fused" in sealed["graph"]:
         sealed["graph"]["not_fused"] = "the memory is cut out of this graph"
     sealed["files"] = {n: manifest.file_entry(found.bare / n) for n in ("model.onnx", "model.onnx.data")}
-    (found.bare / manifest.MANIFEST_FILE).write_bytes(manifest.encode(sealed))
+    manifest.write(found.bare, sealed)
 
 
 def _write_genai(found: Made) -> None:
@@ -252,7 +237,8 @@ def _write_genai(found: Made) -> None:
         values.pop(next(n for n, v in enumerate(values) if v.name == name))
     for name in ("write_mask", "logits_rows"):
         graph.inputs.pop(next(n for n, v in enumerate(graph.inputs) if v.name == name))
-    _tidy(graph)
+    graph.sort()
+    remove_unused(graph)
     ir.save(model, found.genai / "model.onnx")
     b = manifest.read(found.bare)["backbone"]
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}

@@ -22,9 +22,9 @@ from agreement import assert_close
 from deltamem_export import manifest
 from deltamem_export.backbone import Backbone
 from deltamem_export.builder import build
-from deltamem_export.bundle import export_bundle
-from deltamem_export.calibration import link, seal
+from deltamem_export.bundle import export_bundle, share_files
 from deltamem_export.cli import main
+from deltamem_export.external import link
 from deltamem_export.fused import FUSED_FILE
 from deltamem_export.precision import Precision
 
@@ -37,10 +37,9 @@ def copy_of(bundle: Path, target: Path, **graph: object) -> Path:
     """The bundle with changes to its manifest's section `graph`, its files shared."""
     found = manifest.read(bundle)
     target.mkdir()
-    for name in found["files"]:
-        link(bundle / name, target / name)
+    share_files(bundle, target, found)
     found["graph"] |= graph
-    seal(target, found)
+    manifest.write(target, found)
     return target
 
 
@@ -158,7 +157,7 @@ def test_a_bundle_of_an_older_exporter_runs_as_it_was_and_can_be_given_one(parit
         if name != FUSED_FILE:
             link(bundle / name, old / name)
     del found["files"][FUSED_FILE], found["graph"]["fused_file"], found["graph"]["not_fused"]
-    seal(old, found)
+    manifest.write(old, found)
     ids = np.random.default_rng(0).integers(3, 256, 60)
     model = dm.Model.load(old)
     assert model.graph == "portable"
@@ -230,7 +229,7 @@ def spoilt(bundle: Path, target: Path, spoil: Callable[[ir.Graph, ir.Node], None
     ir.save(model, copy / FUSED_FILE)
     found = manifest.read(copy)
     found["files"][FUSED_FILE] = manifest.file_entry(copy / FUSED_FILE)
-    seal(copy, found)
+    manifest.write(copy, found)
     return copy
 
 

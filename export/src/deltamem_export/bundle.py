@@ -27,6 +27,7 @@ from deltamem_export.calibration import Stream, learn
 from deltamem_export.check import check as check_graph
 from deltamem_export.check import choose_method, free_memory
 from deltamem_export.errors import ExportError
+from deltamem_export.external import link
 from deltamem_export.fused import FUSED_FILE, fuse
 from deltamem_export.graft import graft
 from deltamem_export.kv import quantise_kv, sample_ids
@@ -160,12 +161,10 @@ def export_bundle(
                 for package in ("deltamem-export", "onnxruntime-genai", "onnxruntime", "torch", "transformers")
             },
         }
-        (bundle / manifest.MANIFEST_FILE).write_bytes(manifest.encode(sealed))
+        manifest.write(bundle, sealed)
         if calibration is not None:
             say(f"calibrating on {calibration.description}")
-            (bundle / manifest.MANIFEST_FILE).write_bytes(
-                manifest.encode({**sealed, "health": learn(bundle, calibration)})
-            )
+            manifest.write(bundle, {**sealed, "health": learn(bundle, calibration)})
         _refuse_strangers(bundle, {*files, manifest.MANIFEST_FILE})
         publish(bundle, target, work, force)
     say(f"wrote {target}")
@@ -216,6 +215,30 @@ def workshop(target: Path) -> Iterator[tuple[Path, Path]]:
         yield work, bundle
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+def share_files(source: Path, target: Path, found: Mapping[str, Any]) -> None:
+    """Gives the files that a bundle's manifest names a second name in another directory. Who changes one unlinks it there first."""
+    for name in found["files"]:
+        link(source / name, target / name)
+
+
+@contextlib.contextmanager
+def remade(bundle: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """An exported bundle to be changed: a directory that shares its files, and its manifest. At the end the manifest is written and the
+    directory takes the bundle's place, whole or not at all.
+
+    Raises:
+        FileNotFoundError: there is no bundle.
+        ExportError: its manifest is damaged.
+    """
+    target = Path(os.path.abspath(bundle))
+    found = manifest.read(target)
+    with workshop(target) as (work, new):
+        share_files(target, new, found)
+        yield new, found
+        manifest.write(new, found)
+        publish(new, target, work, force=True)
 
 
 def publish(bundle: Path, target: Path, work: Path, force: bool) -> None:

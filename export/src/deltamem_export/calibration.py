@@ -6,7 +6,6 @@ the runtime's public API and the manifest; what the figures mean is known in the
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -162,39 +161,21 @@ def calibrate(bundle: str | os.PathLike[str], stream: Stream, say: Say = lambda 
         FileNotFoundError: there is no bundle.
         ExportError: it is damaged, or the stream cannot be played.
     """
-    from deltamem_export.bundle import publish, workshop
+    from deltamem_export.bundle import remade
 
-    target = Path(os.path.abspath(bundle))
-    found = manifest.read(target)
-    with workshop(target) as (work, new):
-        for name in found["files"]:
-            link(target / name, new / name)
+    with remade(bundle) as (new, found):
         graph = found["graph"]
         if graph["measured_file"] and not (graph.get("strength") and graph.get("gates")):
             say("grafting the measured graph again")
             file = new / graph["measured_file"]
             file.unlink()
-            measure_again(target, found, file)
+            measure_again(Path(bundle), found, file)
             graph |= {"strength": True, "gates": True}
             found["files"][graph["measured_file"]] = manifest.file_entry(file)
-        seal(new, found | {"health": None})
-        seal(new, found | {"health": learn(new, stream, say)})
-        publish(new, target, work, force=True)
-    return target
-
-
-def seal(bundle: Path, found: dict[str, Any]) -> None:
-    """Writes a manifest that was read and changed."""
-    sealed = {name: value for name, value in found.items() if name not in ("format", "format_version", "digest")}
-    (bundle / manifest.MANIFEST_FILE).write_bytes(manifest.encode(sealed))
-
-
-def link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        found["health"] = None
+        manifest.write(new, found)
+        found["health"] = learn(new, stream, say)
+    return Path(os.path.abspath(bundle))
 
 
 @dataclass(frozen=True)

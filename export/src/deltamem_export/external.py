@@ -64,6 +64,18 @@ class DataFile:
         )
 
 
+def link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such.
+
+    Raises:
+        OSError: neither can be made.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def save_sharing(model: ir.Model, target: Path, weights: Path) -> None:
     """Saves a graph made from one whose weights lie in the file `weights`: that file becomes `<target>.data` without
     being copied (a second name for it, where the file system has such), and what is new is appended to it. References
@@ -73,10 +85,7 @@ def save_sharing(model: ir.Model, target: Path, weights: Path) -> None:
         OSError: the files cannot be written.
     """
     data = target.with_name(f"{target.name}.data")
-    try:
-        os.link(weights, data)
-    except OSError:
-        shutil.copyfile(weights, data)
+    link(weights, data)
     with DataFile.append(data) as file:
         for value in model.graph.initializers.values():
             tensor = value.const_value

@@ -97,23 +97,17 @@ def add_fused(bundle: str | os.PathLike[str]) -> str | None:
         FileNotFoundError: there is no bundle.
         ExportError: its graphs are not those of a graft.
     """
-    from deltamem_export.bundle import publish, workshop
-    from deltamem_export.calibration import link, seal
+    from deltamem_export.bundle import remade
 
-    at = Path(os.path.abspath(bundle))
-    found = manifest.read(at)
-    with workshop(at) as (work, new):
+    with remade(bundle) as (new, found):
         old = found["graph"].get("fused_file")
-        for name in found["files"]:
-            if name != old:
-                link(at / name, new / name)
+        if old is not None:
+            (new / old).unlink()
+            del found["files"][old]
         reason = fuse(new, found, new / FUSED_FILE)
         found["graph"] |= {"fused_file": None if reason else FUSED_FILE, "not_fused": reason}
-        found["files"].pop(old, None)
         if reason is None:
             found["files"] = dict(sorted({**found["files"], FUSED_FILE: manifest.file_entry(new / FUSED_FILE)}.items()))
-        seal(new, found)
-        publish(new, at, work, force=True)
     return reason
 
 

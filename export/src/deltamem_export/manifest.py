@@ -87,6 +87,12 @@ def encode(manifest: Mapping[str, Any]) -> bytes:
     return data.replace(_NO_DIGEST.encode(), digest.encode(), 1)
 
 
+def write(directory: Path, found: Mapping[str, Any]) -> None:
+    """Writes the manifest of a bundle, new or as `read` gave it and changed since."""
+    sections = {name: value for name, value in found.items() if name not in ("format", "format_version", "digest")}
+    (directory / MANIFEST_FILE).write_bytes(encode(sections))
+
+
 def read(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a bundle, its digest checked.
 

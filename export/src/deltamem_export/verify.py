@@ -30,8 +30,7 @@ from tokenizers import Tokenizer
 from deltamem_export import manifest
 from deltamem_export.adapter import Adapter
 from deltamem_export.backbone import Backbone
-from deltamem_export.bundle import adapter_digest
-from deltamem_export.calibration import link, seal
+from deltamem_export.bundle import adapter_digest, share_files
 from deltamem_export.check import LARGE, TOLERANCES, free_memory, load_graph
 from deltamem_export.errors import ExportError, first_line
 from deltamem_export.kv import read_scales, with_float_cache
@@ -546,14 +545,13 @@ def _unrounded(directory: Path, copy: Path, precision: Precision) -> Path:
         return directory
     found = manifest.read(directory)
     copy.mkdir()
-    for name in found["files"]:
-        link(directory / name, copy / name)
+    share_files(directory, copy, found)
     for name in (found["graph"]["file"], found["graph"]["fused_file"]):
         model = load_graph(directory / name, precision)
         (copy / name).unlink()
         ir.save(model, copy / name)
         found["files"][name] = manifest.file_entry(copy / name)
-    seal(copy, found)
+    manifest.write(copy, found)
     return copy
 
 

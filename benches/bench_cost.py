@@ -100,6 +100,15 @@ def bench_memory(names: tuple[str, ...], quick: bool) -> None:
                     )
 
 
+def row(
+    table: Table, labels: tuple[str, ...], what: str, found: Rounds, opponent: str, goal: float, lengths: Lengths
+) -> None:
+    """Ours against an opponent: both rates, how many times as fast ours is, and the goal."""
+    ours, theirs = found["ours"][what], found[opponent][what]
+    ratio = Ratio.of(theirs, ours)
+    table.row(*labels, what, rate(what, ours), rate(what, theirs), ratio, reached(ratio.value, goal), lengths.rounds)
+
+
 def bench_genai(names: tuple[str, ...], quick: bool) -> None:
     print(
         "\n### The same graph without memory against onnxruntime-genai\n\nTokens a second; genai's generator runs with its own "
@@ -111,11 +120,8 @@ def bench_genai(names: tuple[str, ...], quick: bool) -> None:
         for precision in models.PRECISIONS:
             made, lengths = models.made(name, precision), Lengths(name, quick, 0.7)
             found = measured({"ours": Engine(load(made.bare)), "genai": GenAI(made.genai)}, lengths)
-            for what, times in found["ours"].items():
-                theirs = found["genai"][what]
-                ratio = Ratio.of(theirs, times)
-                goal = reached(ratio.value, 1.0)
-                table.row(name, precision, what, rate(what, times), rate(what, theirs), ratio, goal, lengths.rounds)
+            for what in found["ours"]:
+                row(table, (name, precision), what, found, "genai", 1.0, lengths)
 
 
 def bench_torch(names: tuple[str, ...], quick: bool) -> None:
@@ -130,21 +136,15 @@ def bench_torch(names: tuple[str, ...], quick: bool) -> None:
         found = measured(
             {"ours": Engine(load(made.bundle)), "fp32": Torch(made.backbone, made.adapter, "fp32")}, lengths
         )
-        for what, times in found["ours"].items():
-            theirs = found["fp32"][what]
-            ratio = Ratio.of(theirs, times)
-            goal = reached(ratio.value, 1.2)
-            table.row(name, "fp32", "fp32", what, rate(what, times), rate(what, theirs), ratio, goal, lengths.rounds)
+        for what in found["ours"]:
+            row(table, (name, "fp32", "fp32"), what, found, "fp32", 1.2, lengths)
         best = models.made(name, "int4")
         contestants: dict[str, Contestant] = {"ours": Engine(load(best.bundle))}
         contestants |= {form: Torch(made.backbone, made.adapter, form) for form in ("fp32", "bf16", "int8")}
         found = measured(contestants, lengths)
-        for what, times in found["ours"].items():
+        for what in found["ours"]:
             form = min(("fp32", "bf16", "int8"), key=lambda form, what=what: float(np.median(found[form][what])))
-            theirs = found[form][what]
-            ratio = Ratio.of(theirs, times)
-            goal = reached(ratio.value, 4.0)
-            table.row(name, "int4", form, what, rate(what, times), rate(what, theirs), ratio, goal, lengths.rounds)
+            row(table, (name, "int4", form), what, found, form, 4.0, lengths)
 
 
 def bench_profile(names: tuple[str, ...], quick: bool) -> None:

@@ -256,7 +256,18 @@ def test_a_flood_of_forged_facts_is_caught_and_a_rollback_heals_it(text_model, f
     assert "moved in one turn by" in said[0]
 
 
-def test_forged_facts_in_drops_are_caught_by_how_turns_scatter_their_writes(text_model, facts) -> None:
+@pytest.mark.parametrize(
+    ("drop", "left"),
+    [
+        pytest.param(lambda session, seed: flood(session, seed, 3), 4, id="forged facts"),
+        pytest.param(
+            lambda session, seed: read(session, np.random.default_rng(seed).integers(3, 2000, 30)),
+            6,
+            id="random tokens",
+        ),
+    ],
+)
+def test_poison_in_drops_is_caught_by_how_turns_scatter_their_writes(text_model, facts, drop, left) -> None:
     told = facts(4, 16)
     counts = {}
     for on_drift in (None, "rollback"):
@@ -264,11 +275,11 @@ def test_forged_facts_in_drops_are_caught_by_how_turns_scatter_their_writes(text
             for fact in told:
                 tell(session, fact)
             for seed in range(100):
-                flood(session, seed, 3)
+                drop(session, seed)
             counts[on_drift] = recalled(text_model, session, told)
     assert any("its last turns scattered their writes by" in line for line in said)
     assert len(said) > 60
-    assert counts[None] <= 4
+    assert counts[None] <= left
     assert counts["rollback"] >= 13
 
 
@@ -289,22 +300,6 @@ def test_a_change_of_mind_or_three_is_no_alarm_and_a_rollback_by_hand_takes_them
         session.rollback(good.id)
         assert recalled(text_model, session, told) == before
     assert said == []
-
-
-def test_random_tokens_in_drops_are_caught_by_how_turns_scatter_their_writes(text_model, facts) -> None:
-    told = facts(4, 16)
-    counts = {}
-    for on_drift in (None, "rollback"):
-        with text_model.session(on_drift=on_drift) as session, drifting() as said:
-            for fact in told:
-                tell(session, fact)
-            for seed in range(100):
-                read(session, np.random.default_rng(seed).integers(3, 2000, 30))
-            counts[on_drift] = recalled(text_model, session, told)
-    assert any("its last turns scattered their writes by" in line for line in said)
-    assert len(said) > 60
-    assert counts[None] <= 6
-    assert counts["rollback"] >= 13
 
 
 def test_contradictions_are_held_under_the_bounds_and_a_rollback_by_hand_heals_the_rest(text_model, facts) -> None:

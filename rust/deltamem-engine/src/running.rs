@@ -365,6 +365,7 @@ impl Counters {
     }
 }
 
-fn held() -> EngineError {
+/// A bug: a buffer that a run is to write has another holder.
+pub(crate) fn held() -> EngineError {
     EngineError::Session("a memory buffer is held where none should be; please report this".into())
 }

@@ -10,7 +10,7 @@ use crate::graph::{ChunkSpans, Measures, as_trained};
 use crate::memory::{MemoryBuffers, MemoryView};
 use crate::model::{CHUNK_TOKENS, Model};
 use crate::prefix::Prefix;
-use crate::running::{Chunk, Outcome, Row};
+use crate::running::{Chunk, Outcome, Row, held};
 use crate::sampling::Sampler;
 use crate::schedule::Seat;
 use crate::spans::{Gathered, Spans, Writes};
@@ -693,11 +693,7 @@ impl Session {
                 }
             }
             _ => {
-                let present_memory = Arc::get_mut(&mut back).ok_or_else(|| {
-                    EngineError::Session(
-                        "a memory buffer is held where none should be; please report this".into(),
-                    )
-                })?;
+                let present_memory = Arc::get_mut(&mut back).ok_or_else(held)?;
                 let outcome = self.model.run_chunk(
                     &mut self.seat,
                     Chunk {

@@ -38,6 +38,12 @@ fn numbers(count: usize, salt: u64) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
+fn assert_close(found: &[f32], wanted: &[f32]) {
+    let apart = found.iter().zip(wanted).map(|(f, w)| (f - w).abs());
+    let off = apart.fold(0.0, f32::max);
+    assert!(off < 1e-5, "off by {off}");
+}
+
 fn scaled(count: usize, salt: u64, by: f32) -> Vec<f32> {
     numbers(count, salt).into_iter().map(|x| x * by).collect()
 }
@@ -470,12 +476,7 @@ fn spans_are_gathered_over_calls_and_written_behind_the_tokens() {
         corrected.extend(out);
     }
     for (found, wanted) in [(&found, &state), (&corrected, &wanted)] {
-        let off = found
-            .iter()
-            .zip(wanted)
-            .map(|(f, w)| (f - w).abs())
-            .fold(0.0, f32::max);
-        assert!(off < 1e-5, "off by {off}");
+        assert_close(found, wanted);
     }
 }
 
@@ -585,12 +586,7 @@ fn norms_are_taken_in() {
         .flat_map(|delta| norm(delta, &own, 1e-2))
         .collect();
     for (found, wanted) in [(&found_q, &wanted_q), (&found_o, &wanted_o)] {
-        let off = found
-            .iter()
-            .zip(wanted)
-            .map(|(f, w)| (f - w).abs())
-            .fold(0.0, f32::max);
-        assert!(off < 1e-5, "off by {off}");
+        assert_close(found, wanted);
     }
 }
 

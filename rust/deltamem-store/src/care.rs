@@ -1,6 +1,6 @@
 //! Looking after a store: what it holds, garbage, damage, and saving what is whole.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
 use deltamem_core::{Fingerprint, Snapshot};
 
@@ -743,13 +743,20 @@ fn restore_refs(edit: &mut Edit, was: &Record, left: &Left, losses: &mut Losses<
 }
 
 /// The commit that a ref named, or the nearest before it that is whole: along readable parents first, then along the reflog.
+/// Of a lost merge's sides, that of the branch it was made on (its first parent) comes first.
 fn nearest_whole(left: &Left, target: CommitId, log: u64) -> Option<&Commit> {
     let mut next = Some(log);
     let mut start = Some(target);
+    let mut seen = HashSet::new();
     while let Some(id) = start {
-        let log = left.readable.log(&[id], usize::MAX);
-        if let Some(found) = log.into_iter().find_map(|commit| left.history.0.get(&commit.id)) {
-            return Some(found);
+        let mut queue = VecDeque::from([id]);
+        while let Some(id) = queue.pop_front() {
+            if let Some(found) = left.history.0.get(&id) {
+                return Some(found);
+            }
+            if let Some(commit) = left.readable.0.get(&id).filter(|_| seen.insert(id)) {
+                queue.extend(&commit.parents);
+            }
         }
         let last = next.and_then(|number| left.moves.get(&number));
         start = last.and_then(|last| last.old);

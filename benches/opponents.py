@@ -4,6 +4,7 @@ figures are `prefill`, seconds from the prompt to the first token, and `decode`,
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -39,10 +40,14 @@ class Engine:
 
 
 class GenAI:
-    """onnxruntime-genai's own generator with its own settings. Making a generator is not counted."""
+    """onnxruntime-genai's own generator with its own settings, or with these many threads. Making a generator is not counted."""
 
-    def __init__(self, path: Path) -> None:
-        self._model = genai.Model(str(path))
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        config = genai.Config(str(path))
+        if threads is not None:
+            options = {"session_options": {"intra_op_num_threads": threads}}
+            config.overlay(json.dumps({"model": {"decoder": options}}))
+        self._model = genai.Model(config)
 
     def __call__(self, prompt: np.ndarray, tokens: int) -> Figures:
         settings = genai.GeneratorParams(self._model)

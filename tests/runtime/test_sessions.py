@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -351,3 +353,18 @@ def test_a_closed_session_says_so(ids_model: dm.Model) -> None:
             call()
     reply.close()
     assert "closed" in repr(session)
+
+
+def test_an_idle_model_uses_no_processor_time(ids_model: dm.Model) -> None:
+    """In a process of its own, where no other library's threads are counted."""
+    work = (
+        "import sys, time, numpy as np, deltamem_rt as dm\n"
+        "with dm.Model.load(sys.argv[1], threads=2).session() as session:\n"
+        "    reply = session.generate(np.array([5, 6], np.int32), max_new_tokens=20)\n"
+        "    next(reply)\n"
+        "    began = time.process_time()\n"
+        "    time.sleep(0.5)\n"
+        "    print(time.process_time() - began)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", work, ids_model.path], capture_output=True, text=True, check=True)
+    assert float(said.stdout) < 0.02

@@ -201,14 +201,22 @@ impl Sampler {
         let penalises = (options.repetition_penalty - 1.0).abs() > 0.0;
         let recent = if penalises { recent } else { &[] };
         self.mark(recent, logits.len());
-        let chosen = self.choose(options, logits);
+        let chosen = self.choose(options, logits, penalises);
         self.unmark(recent);
         let token = chosen?;
         i32::try_from(token).map_err(|_| SamplingError::Count { found: logits.len() })
     }
 
-    fn choose(&mut self, options: &SamplingOptions, logits: &[f32]) -> Result<u32, SamplingError> {
-        let best = self.best(options, logits)?;
+    fn choose(
+        &mut self,
+        options: &SamplingOptions,
+        logits: &[f32],
+        penalises: bool,
+    ) -> Result<u32, SamplingError> {
+        let best = match largest(logits) {
+            Some(best) if !penalises => best,
+            _ => self.best(options, logits)?,
+        };
         if options.temperature <= 0.0 {
             return Ok(best.token);
         }
@@ -217,7 +225,7 @@ impl Sampler {
         Ok(self.draw(total))
     }
 
-    /// The most likely token under the penalty, the lowest id among equals.
+    /// The most likely token under the penalty, the lowest id among equals. Says what is wrong where there is none.
     fn best(&self, options: &SamplingOptions, logits: &[f32]) -> Result<Candidate, SamplingError> {
         let mut best = Candidate {
             token: 0,
@@ -358,6 +366,35 @@ impl Sampler {
         // -0 becomes 0, so that equal logits are equal in `best_first` too.
         penalised + 0.0
     }
+}
+
+/// The largest logit, the lowest id among equals; nothing if one is not a number or infinite, or all are negatively so. As [`Sampler::best`]
+/// without a penalty, many at a time: of a vocabulary of 150,000 a plain loop takes as long as a layer.
+fn largest(logits: &[f32]) -> Option<Candidate> {
+    const LANES: usize = 32;
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let mut wrong = [false; LANES];
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    let mut see = |logits: &[f32]| {
+        for ((most, wrong), &logit) in most.iter_mut().zip(&mut wrong).zip(logits) {
+            *most = if logit > *most { logit } else { *most };
+            *wrong |= logit.is_nan() || logit == f32::INFINITY;
+        }
+    };
+    for lanes in whole {
+        see(lanes);
+    }
+    see(rest);
+    let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if most == f32::NEG_INFINITY || wrong.contains(&true) {
+        return None;
+    }
+    let token = logits.iter().position(|&logit| logit == most)?;
+    Some(Candidate {
+        token: u32::try_from(token).ok()?,
+        logit: f64::from(most) + 0.0,
+        weight: 0.0,
+    })
 }
 
 /// Keeps the fewest tokens, best first, whose weights reach `top_p` of `total`.

@@ -453,6 +453,28 @@ proptest! {
     }
 
     #[test]
+    fn the_largest_of_many_at_a_time_is_the_largest_one_by_one(
+        logits in prop::collection::vec(
+            prop_oneof![
+                20 => -2.0_f32..2.0,
+                10 => (-2_i8..=2).prop_map(f32::from),
+                1 => prop::sample::select(vec![-0.0, f32::MAX, f32::NEG_INFINITY]),
+            ],
+            1..200,
+        ),
+        odd in prop::option::weighted(0.2, (prop::sample::select(vec![f32::NAN, f32::INFINITY]), any::<prop::sample::Index>())),
+    ) {
+        let mut logits = logits;
+        if let Some((odd, place)) = odd {
+            let place = place.index(logits.len());
+            logits[place] = odd;
+        }
+        let mut sampler = Sampler::new(1);
+        sampler.mark(&[], logits.len());
+        prop_assert_eq!(largest(&logits), sampler.best(&PLAIN, &logits).ok());
+    }
+
+    #[test]
     fn a_draw_takes_two_words_whatever_the_options(
         logits in prop::collection::vec(-4.0_f32..4.0, 1..50),
         top_k in 0..10_usize,

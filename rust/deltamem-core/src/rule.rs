@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::eight::{Eight, LANES, Plain};
+use crate::lanes::{LANES, Lanes, Plain, Vectors, WIDE};
 
 /// How β and λ become the gates keep, erase and write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -157,18 +157,34 @@ pub fn scan(
 /// What [`scan_in`] works in; kept from call to call, nothing is allocated for a rank that was seen before.
 #[derive(Debug, Clone, Default)]
 pub struct Room {
-    columns: Vec<[f32; LANES]>,
+    columns: Vec<f32>,
 }
 
-/// [`scan`] in room of the caller's and with the caller's instructions; the bits stay the same. It is compiled into its caller.
+impl Room {
+    /// Room for `count` numbers from the beginning of a cache line on, where the allocator can say where that is.
+    fn columns(&mut self, count: usize) -> &mut [f32] {
+        let spare = LINE / size_of::<f32>();
+        if self.columns.len() < count + spare {
+            self.columns.resize(count + spare, 0.0);
+        }
+        let from = self.columns.as_ptr().align_offset(LINE).min(spare);
+        &mut self.columns[from..from + count]
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// [`scan`] in room of the caller's and with the caller's instructions, which may round a product and a sum once. It is compiled into its
+/// caller.
 ///
 /// # Errors
 /// As [`scan`].
 #[inline(always)]
 #[allow(clippy::inline_always)] // a function with more target features takes it in
 #[allow(clippy::too_many_arguments)]
-pub fn scan_in<E: Eight>(
-    eight: E,
+pub fn scan_in<E: Vectors>(
+    vectors: E,
     room: &mut Room,
     heads: usize,
     rank: usize,
@@ -178,10 +194,10 @@ pub fn scan_in<E: Eight>(
     reads: &mut [f32],
 ) -> Result<(), RuleError> {
     check_lengths(heads, rank, gates, tokens, state.len(), reads.len())?;
-    room.columns.resize(rank, [0.0; LANES]);
-    let columns = &mut room.columns;
     for head in 0..heads {
-        for first in (0..rank).step_by(LANES) {
+        let mut first = 0;
+        while first < rank {
+            let left = rank - first;
             let block = Block {
                 heads,
                 rank,
@@ -189,7 +205,15 @@ pub fn scan_in<E: Eight>(
                 head,
                 first,
             };
-            scan_block(eight, block, tokens, columns, state, reads);
+            first += if E::STATE_ROWS >= 4 * WIDE && left >= 4 * WIDE {
+                scan_block::<E, WIDE, 4, 1>(vectors, block, tokens, room, state, reads)
+            } else if E::STATE_ROWS >= 2 * WIDE && left >= 2 * WIDE {
+                scan_block::<E, WIDE, 2, 2>(vectors, block, tokens, room, state, reads)
+            } else if E::STATE_ROWS >= WIDE && left > LANES {
+                scan_block::<E, WIDE, 1, 2>(vectors, block, tokens, room, state, reads)
+            } else {
+                scan_block::<E, LANES, 1, 4>(vectors, block, tokens, room, state, reads)
+            };
         }
     }
     Ok(())
@@ -240,9 +264,9 @@ fn product(sizes: &[usize]) -> usize {
         .fold(1, |product: usize, &size| product.saturating_mul(size))
 }
 
-/// Which rows a block holds: up to [`LANES`] of them from row `first` of `head` on, one in each lane of a vector register. The rows of a
-/// state never look at each other, so a block of them goes through all the tokens before the next one begins, and stays close to the
-/// processor meanwhile.
+/// Which rows of a state a block holds: as many as its vectors have lanes, from row `first` of `head` on, or those that are left. The rows
+/// of a state never look at each other, so a block of them goes through all the tokens before the next one begins, and stays close to
+/// the processor meanwhile.
 #[derive(Clone, Copy)]
 struct Block {
     heads: usize,
@@ -253,88 +277,210 @@ struct Block {
 }
 
 impl Block {
-    /// The block's part of one token's row of [H, r].
-    #[inline]
-    fn of<'a>(&self, all: &'a [f32], token: usize) -> &'a [f32] {
-        &all[self.vector(token) + self.first..][..self.rows()]
-    }
-
-    #[inline]
-    fn rows(&self) -> usize {
-        (self.rank - self.first).min(LANES)
-    }
-
     /// Where one token's vector of the block's head begins in [T, H, r].
-    #[inline]
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
     fn vector(&self, token: usize) -> usize {
         (token * self.heads + self.head) * self.rank
     }
 
-    /// One token's gates for the block's rows, from [T, H, r] or [T, H, 1]. Lanes without a row get 0.
-    #[inline]
-    fn gate(&self, all: &[f32], token: usize) -> [f32; LANES] {
+    /// The `rows` of the block in one token's vector of [T, H, r]. Lanes without a row get 0.
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
+    fn of<E: Lanes<N>, const N: usize, const V: usize>(
+        &self,
+        vectors: E,
+        all: &[f32],
+        token: usize,
+        rows: usize,
+    ) -> [E::Numbers; V] {
+        let own = &all[self.vector(token) + self.first..][..rows];
+        std::array::from_fn(|v| {
+            if let Some(whole) = own.get(v * N..).and_then(<[f32]>::first_chunk::<N>) {
+                vectors.load(whole)
+            } else {
+                let (mut lanes, rest) = ([0.0; N], own.get(v * N..).unwrap_or_default());
+                for (lane, &x) in lanes.iter_mut().zip(rest) {
+                    *lane = x;
+                }
+                vectors.load(&lanes)
+            }
+        })
+    }
+
+    /// One token's gates for the block's rows, from [T, H, r] or [T, H, 1].
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
+    fn gate<E: Lanes<N>, const N: usize, const V: usize>(
+        &self,
+        vectors: E,
+        all: &[f32],
+        token: usize,
+        rows: usize,
+    ) -> [E::Numbers; V] {
         match self.gates {
-            Gates::Row => lanes(self.of(all, token)),
-            Gates::Head => [all[token * self.heads + self.head]; LANES],
+            Gates::Row => self.of(vectors, all, token, rows),
+            Gates::Head => [vectors.splat(all[token * self.heads + self.head]); V],
         }
     }
 }
 
-#[inline]
-fn lanes(values: &[f32]) -> [f32; LANES] {
-    let mut lanes = [0.0; LANES];
-    lanes[..values.len()].copy_from_slice(values);
-    lanes
+/// What a token does to a block's rows: S ← keep S + amount kᵀ.
+struct Write<'a, Numbers, const V: usize> {
+    keep: [Numbers; V],
+    amount: [Numbers; V],
+    k: &'a [f32],
 }
 
-/// `columns` is room for the block's rows, [r][lanes]: laid out so, one number of a key meets all rows at once, and no sum runs across
-/// lanes.
+/// Takes one block through all tokens, and returns how many rows it held. The block lies in room of its own as [r][V][N]: laid out so, one
+/// number of a key meets all rows at once, and no sum runs across lanes. A sum over columns has `C` parts, so that one addition need not
+/// wait for the one before it.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `scan_in`
-fn scan_block<E: Eight>(
-    eight: E,
+fn scan_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
+    vectors: E,
     block: Block,
     tokens: &Tokens<'_>,
-    columns: &mut [[f32; LANES]],
+    room: &mut Room,
     state: &mut [f32],
     reads: &mut [f32],
-) {
-    let (rank, rows) = (block.rank, block.rows());
-    let rows_at = (block.head * rank + block.first) * rank;
-    for (lane, row) in state[rows_at..][..rows * rank].chunks_exact(rank).enumerate() {
-        for (column, &s) in columns.iter_mut().zip(row) {
+) -> usize {
+    let rank = block.rank;
+    let rows = (rank - block.first).min(V * N);
+    let columns = room.columns(rank * V * N);
+    let own = &mut state[(block.head * rank + block.first) * rank..][..rows * rank];
+    if rows < V * N {
+        columns.fill(0.0); // what another block left in lanes without a row may not be a number
+    }
+    for (lane, row) in own.chunks_exact(rank).enumerate() {
+        for (column, &s) in columns.chunks_exact_mut(V * N).zip(row) {
             column[lane] = s;
         }
     }
+    let (lanes, _) = columns.as_chunks_mut::<N>();
+    let (lanes, _) = lanes.as_chunks_mut::<V>();
+    let lanes = &mut lanes[..rank];
+
+    // One pass over the state for each token: the write of the token before it, then what its own query reads and its key recalls.
+    let mut written = None;
     for (token, &moves) in tokens.mask.iter().enumerate() {
         let vector = block.vector(token);
         let (q, k) = (&tokens.q[vector..][..rank], &tokens.k[vector..][..rank]);
-        let (mut read, mut recalled) = (eight.splat(0.0), eight.splat(0.0));
-        for ((column, &q), &k) in columns.iter().zip(q).zip(k) {
-            let column = eight.load(column);
-            read = eight.add(read, eight.multiply(column, eight.splat(q)));
-            recalled = eight.add(recalled, eight.multiply(column, eight.splat(k)));
-        }
-        reads[vector + block.first..][..rows].copy_from_slice(&eight.store(read)[..rows]);
-        if moves {
-            let v = eight.load(&lanes(block.of(tokens.v, token)));
-            let [keep, erase, write] =
-                [tokens.keep, tokens.erase, tokens.write].map(|all| eight.load(&block.gate(all, token)));
-            let amount = eight.subtract(eight.multiply(write, v), eight.multiply(erase, recalled));
-            for (column, &k) in columns.iter_mut().zip(k) {
-                let (kept, put) = (
-                    eight.multiply(keep, eight.load(column)),
-                    eight.multiply(amount, eight.splat(k)),
-                );
-                *column = eight.store(eight.add(kept, put));
+        let (read, recalled) = match written {
+            Some(write) => pass::<E, N, V, C, true>(vectors, lanes, &write, q, k),
+            None => {
+                let zero = [vectors.splat(0.0); V];
+                let write = Write {
+                    keep: zero,
+                    amount: zero,
+                    k,
+                };
+                pass::<E, N, V, C, false>(vectors, lanes, &write, q, k)
+            }
+        };
+        let reads = &mut reads[vector + block.first..][..rows];
+        for (out, read) in reads.chunks_mut(N).zip(read) {
+            let read = vectors.store(read);
+            if let Some(whole) = out.first_chunk_mut::<N>() {
+                *whole = read;
+            } else {
+                for (out, read) in out.iter_mut().zip(read) {
+                    *out = read;
+                }
             }
         }
+        written = moves.then(|| {
+            let v: [E::Numbers; V] = block.of(vectors, tokens.v, token, rows);
+            let [keep, erase, write] = [tokens.keep, tokens.erase, tokens.write]
+                .map(|all| block.gate::<E, N, V>(vectors, all, token, rows));
+            let zero = vectors.splat(0.0);
+            let amount = std::array::from_fn(|i| {
+                let taken = vectors.subtract(zero, erase[i]);
+                vectors.multiply_add(taken, recalled[i], vectors.multiply(write[i], v[i]))
+            });
+            Write { keep, amount, k }
+        });
     }
-    for (lane, row) in state[rows_at..][..rows * rank].chunks_exact_mut(rank).enumerate() {
-        for (s, column) in row.iter_mut().zip(columns.iter()) {
+    if let Some(write) = written {
+        for (column, &k) in lanes.iter_mut().zip(write.k) {
+            put(vectors, column, &write, vectors.splat(k));
+        }
+    }
+
+    for (lane, row) in own.chunks_exact_mut(rank).enumerate() {
+        for (s, column) in row.iter_mut().zip(columns.chunks_exact(V * N)) {
             *s = column[lane];
         }
     }
+    rows
+}
+
+/// Writes if `MOVES`, and gives S q and S k of the state behind it.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn pass<E: Lanes<N>, const N: usize, const V: usize, const C: usize, const MOVES: bool>(
+    vectors: E,
+    lanes: &mut [[[f32; N]; V]],
+    write: &Write<'_, E::Numbers, V>,
+    q: &[f32],
+    k: &[f32],
+) -> ([E::Numbers; V], [E::Numbers; V]) {
+    let zero = vectors.splat(0.0);
+    let (mut reads, mut recalls) = ([[zero; V]; C], [[zero; V]; C]);
+    let mut one = |column: &mut [[f32; N]; V], written: f32, q: f32, k: f32, c: usize| {
+        let written = vectors.splat(written);
+        let (q, k) = (vectors.splat(q), vectors.splat(k));
+        let column = if MOVES {
+            put(vectors, column, write, written)
+        } else {
+            std::array::from_fn(|v| vectors.load(&column[v]))
+        };
+        for v in 0..V {
+            recalls[c][v] = vectors.multiply_add(column[v], k, recalls[c][v]);
+            reads[c][v] = vectors.multiply_add(column[v], q, reads[c][v]);
+        }
+    };
+    let (runs, rest) = lanes.as_chunks_mut::<C>();
+    let [(written, last_written), (qs, last_q), (ks, last_k)] = [write.k, q, k].map(<[f32]>::as_chunks::<C>);
+    for (((run, written), q), k) in runs.iter_mut().zip(written).zip(qs).zip(ks) {
+        for c in 0..C {
+            one(&mut run[c], written[c], q[c], k[c], c);
+        }
+    }
+    for (c, (((column, &written), &q), &k)) in rest
+        .iter_mut()
+        .zip(last_written)
+        .zip(last_q)
+        .zip(last_k)
+        .enumerate()
+    {
+        one(column, written, q, k, c);
+    }
+    [reads, recalls]
+        .map(|parts| {
+            let (first, others) = (parts[0], &parts[1..]);
+            others.iter().fold(first, |sum, part| {
+                std::array::from_fn(|v| vectors.add(sum[v], part[v]))
+            })
+        })
+        .into()
+}
+
+/// Writes one column of a block's rows, and gives it.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn put<E: Lanes<N>, const N: usize, const V: usize>(
+    vectors: E,
+    column: &mut [[f32; N]; V],
+    write: &Write<'_, E::Numbers, V>,
+    k: E::Numbers,
+) -> [E::Numbers; V] {
+    std::array::from_fn(|v| {
+        let kept = vectors.multiply(write.keep[v], vectors.load(&column[v]));
+        let s = vectors.multiply_add(write.amount[v], k, kept);
+        column[v] = vectors.store(s);
+        s
+    })
 }
 
 #[cfg(test)]

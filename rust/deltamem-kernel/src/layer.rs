@@ -3,8 +3,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use deltamem_core::eight::LANES;
 use deltamem_core::gates::{Gate, l2_normalize};
+use deltamem_core::lanes::{LANES, Lanes};
 use deltamem_core::rule::{self, Room, RuleError, Tokens};
 use deltamem_core::{Gates, UpdateMode};
 
@@ -12,11 +12,11 @@ use crate::instructions::{Arithmetic, Instructions, Work};
 use crate::panels::{Into, Panels};
 
 /// Tokens that one task takes where a pool shares the work.
-const TILE: usize = 16;
+const TILE: usize = 24;
 /// Products from which sharing pays for waking other threads.
 const SHARED: usize = 4 << 20;
 /// Rows that are brought, corrected and normed while they lie close to the processor.
-const CLOSE: usize = 4;
+const CLOSE: usize = 8;
 
 /// How weights are kept. Arithmetic is in f32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -812,7 +812,7 @@ impl Work for Correct<'_> {
 /// x / sqrt(mean(x²) + ε) · weights, in place.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `instructions::Work`
-fn rms_norm<A: Arithmetic>(arithmetic: A, x: &mut [f32], weights: &[f32], epsilon: f32) {
+fn rms_norm<A: Lanes<LANES>>(arithmetic: A, x: &mut [f32], weights: &[f32], epsilon: f32) {
     let count = x.len() as f32;
     let (whole, rest) = x.as_chunks_mut::<LANES>();
     let mut sums = arithmetic.splat(0.0);

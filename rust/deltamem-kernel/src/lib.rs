@@ -5,12 +5,12 @@
 //! instructions and chosen at run time. It knows no ONNX Runtime, no threads of its own, no model. Its twin, written to be read, is
 //! `deltamem_core::networks`; tests hold the two together.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 mod half;
 mod instructions;
 mod layer;
 mod panels;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use instructions::Instructions;
 pub use layer::{

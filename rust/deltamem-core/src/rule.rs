@@ -295,17 +295,21 @@ impl Block {
         rows: usize,
     ) -> [E::Numbers; V] {
         let own = &all[self.vector(token) + self.first..][..rows];
-        std::array::from_fn(|v| {
-            if let Some(whole) = own.get(v * N..).and_then(<[f32]>::first_chunk::<N>) {
-                vectors.load(whole)
-            } else {
-                let (mut lanes, rest) = ([0.0; N], own.get(v * N..).unwrap_or_default());
-                for (lane, &x) in lanes.iter_mut().zip(rest) {
-                    *lane = x;
-                }
-                vectors.load(&lanes)
+        let mut out = [vectors.splat(0.0); V];
+        if let Some(whole) = own.as_chunks::<N>().0.first_chunk::<V>() {
+            for v in 0..V {
+                out[v] = vectors.load(&whole[v]);
             }
-        })
+            return out;
+        }
+        for (out, part) in out.iter_mut().zip(own.chunks(N)) {
+            let mut lanes = [0.0; N];
+            for (lane, &x) in lanes.iter_mut().zip(part) {
+                *lane = x;
+            }
+            *out = vectors.load(&lanes);
+        }
+        out
     }
 
     /// One token's gates for the block's rows, from [T, H, r] or [T, H, 1].
@@ -389,21 +393,23 @@ fn scan_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
                 }
             }
         }
-        written = moves.then(|| {
-            let v: [E::Numbers; V] = block.of(vectors, tokens.v, token, rows);
-            let [keep, erase, write] = [tokens.keep, tokens.erase, tokens.write]
-                .map(|all| block.gate::<E, N, V>(vectors, all, token, rows));
-            let zero = vectors.splat(0.0);
-            let amount = std::array::from_fn(|i| {
+        written = None;
+        if moves {
+            let v = block.of::<E, N, V>(vectors, tokens.v, token, rows);
+            let keep = block.gate::<E, N, V>(vectors, tokens.keep, token, rows);
+            let erase = block.gate::<E, N, V>(vectors, tokens.erase, token, rows);
+            let write = block.gate::<E, N, V>(vectors, tokens.write, token, rows);
+            let (zero, mut amount) = (vectors.splat(0.0), v);
+            for i in 0..V {
                 let taken = vectors.subtract(zero, erase[i]);
-                vectors.multiply_add(taken, recalled[i], vectors.multiply(write[i], v[i]))
-            });
-            Write { keep, amount, k }
-        });
+                amount[i] = vectors.multiply_add(taken, recalled[i], vectors.multiply(write[i], v[i]));
+            }
+            written = Some(Write { keep, amount, k });
+        }
     }
     if let Some(write) = written {
         for (column, &k) in lanes.iter_mut().zip(write.k) {
-            put(vectors, column, &write, vectors.splat(k));
+            put(vectors, column, &write, k);
         }
     }
 
@@ -413,6 +419,12 @@ fn scan_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
         }
     }
     rows
+}
+
+/// S q and S k over the columns so far, in `C` parts.
+struct Sums<Numbers, const V: usize, const C: usize> {
+    read: [[Numbers; V]; C],
+    recalled: [[Numbers; V]; C],
 }
 
 /// Writes if `MOVES`, and gives S q and S k of the state behind it.
@@ -426,61 +438,79 @@ fn pass<E: Lanes<N>, const N: usize, const V: usize, const C: usize, const MOVES
     k: &[f32],
 ) -> ([E::Numbers; V], [E::Numbers; V]) {
     let zero = vectors.splat(0.0);
-    let (mut reads, mut recalls) = ([[zero; V]; C], [[zero; V]; C]);
-    let mut one = |column: &mut [[f32; N]; V], written: f32, q: f32, k: f32, c: usize| {
-        let written = vectors.splat(written);
-        let (q, k) = (vectors.splat(q), vectors.splat(k));
-        let column = if MOVES {
-            put(vectors, column, write, written)
-        } else {
-            std::array::from_fn(|v| vectors.load(&column[v]))
-        };
-        for v in 0..V {
-            recalls[c][v] = vectors.multiply_add(column[v], k, recalls[c][v]);
-            reads[c][v] = vectors.multiply_add(column[v], q, reads[c][v]);
-        }
+    let mut sums = Sums {
+        read: [[zero; V]; C],
+        recalled: [[zero; V]; C],
     };
     let (runs, rest) = lanes.as_chunks_mut::<C>();
-    let [(written, last_written), (qs, last_q), (ks, last_k)] = [write.k, q, k].map(<[f32]>::as_chunks::<C>);
-    for (((run, written), q), k) in runs.iter_mut().zip(written).zip(qs).zip(ks) {
+    let (ks_written, last_written) = write.k.as_chunks::<C>();
+    let ((qs, last_q), (ks, last_k)) = (q.as_chunks::<C>(), k.as_chunks::<C>());
+    for (((run, written), q), k) in runs.iter_mut().zip(ks_written).zip(qs).zip(ks) {
         for c in 0..C {
-            one(&mut run[c], written[c], q[c], k[c], c);
+            let meets = Meets {
+                written: written[c],
+                q: q[c],
+                k: k[c],
+            };
+            pass_column::<E, N, V, C, MOVES>(vectors, &mut run[c], write, meets, c, &mut sums);
         }
     }
-    for (c, (((column, &written), &q), &k)) in rest
-        .iter_mut()
-        .zip(last_written)
-        .zip(last_q)
-        .zip(last_k)
-        .enumerate()
-    {
-        one(column, written, q, k, c);
+    for (((column, &written), &q), &k) in rest.iter_mut().zip(last_written).zip(last_q).zip(last_k) {
+        let meets = Meets { written, q, k };
+        pass_column::<E, N, V, C, MOVES>(vectors, column, write, meets, 0, &mut sums);
     }
-    [reads, recalls]
-        .map(|parts| {
-            let (first, others) = (parts[0], &parts[1..]);
-            others.iter().fold(first, |sum, part| {
-                std::array::from_fn(|v| vectors.add(sum[v], part[v]))
-            })
-        })
-        .into()
+    let (mut read, mut recalled) = (sums.read[0], sums.recalled[0]);
+    for c in 1..C {
+        for v in 0..V {
+            read[v] = vectors.add(read[v], sums.read[c][v]);
+            recalled[v] = vectors.add(recalled[v], sums.recalled[c][v]);
+        }
+    }
+    (read, recalled)
 }
 
-/// Writes one column of a block's rows, and gives it.
+/// A column's numbers of the key that is written, of the query and of the key.
+struct Meets {
+    written: f32,
+    q: f32,
+    k: f32,
+}
+
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn pass_column<E: Lanes<N>, const N: usize, const V: usize, const C: usize, const MOVES: bool>(
+    vectors: E,
+    column: &mut [[f32; N]; V],
+    write: &Write<'_, E::Numbers, V>,
+    meets: Meets,
+    c: usize,
+    sums: &mut Sums<E::Numbers, V, C>,
+) {
+    if MOVES {
+        put(vectors, column, write, meets.written);
+    }
+    let (q, k) = (vectors.splat(meets.q), vectors.splat(meets.k));
+    for v in 0..V {
+        let s = vectors.load(&column[v]);
+        sums.recalled[c][v] = vectors.multiply_add(s, k, sums.recalled[c][v]);
+        sums.read[c][v] = vectors.multiply_add(s, q, sums.read[c][v]);
+    }
+}
+
+/// Writes one column of a block's rows.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `scan_in`
 fn put<E: Lanes<N>, const N: usize, const V: usize>(
     vectors: E,
     column: &mut [[f32; N]; V],
     write: &Write<'_, E::Numbers, V>,
-    k: E::Numbers,
-) -> [E::Numbers; V] {
-    std::array::from_fn(|v| {
+    k: f32,
+) {
+    let k = vectors.splat(k);
+    for v in 0..V {
         let kept = vectors.multiply(write.keep[v], vectors.load(&column[v]));
-        let s = vectors.multiply_add(write.amount[v], k, kept);
-        column[v] = vectors.store(s);
-        s
-    })
+        column[v] = vectors.store(vectors.multiply_add(write.amount[v], k, kept));
+    }
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@ use std::sync::{Mutex, PoisonError};
 
 use deltamem_core::gates::{Gate, l2_normalize};
 use deltamem_core::lanes::{LANES, Lanes};
-use deltamem_core::rule::{self, Room, RuleError, Tokens};
+use deltamem_core::rule::{Room, RuleError, Tokens};
 use deltamem_core::{Gates, UpdateMode};
 
 use crate::instructions::{Arithmetic, Instructions, Work};
 use crate::panels::{Into, Panels};
+use crate::scan::Scan;
 
 /// Tokens that one task takes where a pool shares the work.
 const TILE: usize = 24;
@@ -534,8 +535,13 @@ impl Layer {
             write: &steps.write[cut(&steps.write, gate)],
             mask: &steps.mask[from..from + count],
         };
+        let Settings {
+            heads, rank, gates, ..
+        } = self.settings;
         self.instructions.run(Scan {
-            settings: &self.settings,
+            heads,
+            rank,
+            gates,
             tokens: &tokens,
             state,
             reads,
@@ -696,36 +702,6 @@ impl Work for Product<'_> {
                 add: false,
             },
         );
-    }
-}
-
-struct Scan<'a, 't> {
-    settings: &'a Settings,
-    tokens: &'a Tokens<'t>,
-    state: &'a mut [f32],
-    reads: &'a mut [f32],
-    room: &'a mut Room,
-}
-
-impl Work for Scan<'_, '_> {
-    type Output = Result<(), RuleError>;
-
-    #[inline(always)]
-    #[allow(clippy::inline_always)] // see `instructions::Work`
-    fn run<A: Arithmetic>(self, arithmetic: A) -> Self::Output {
-        let &Settings {
-            heads, rank, gates, ..
-        } = self.settings;
-        rule::scan_in(
-            arithmetic,
-            self.room,
-            heads,
-            rank,
-            gates,
-            self.tokens,
-            self.state,
-            self.reads,
-        )
     }
 }
 

@@ -9,6 +9,7 @@ mod half;
 mod instructions;
 mod layer;
 mod panels;
+mod scan;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -17,3 +18,4 @@ pub use layer::{
     Call, Correction, From, HeadNorm, Layer, LayerError, Pool, Scratch, Settings, Spans, Storage, Target,
     Values,
 };
+pub use scan::scan;

@@ -30,6 +30,15 @@ pub trait Lanes<const N: usize>: Copy {
     /// a · b of each lane.
     fn multiply(self, a: Self::Numbers, b: Self::Numbers) -> Self::Numbers;
 
+    /// a / b of each lane.
+    fn divide(self, a: Self::Numbers, b: Self::Numbers) -> Self::Numbers;
+
+    /// a of each lane where it is smaller than b, and b elsewhere.
+    fn lower(self, a: Self::Numbers, b: Self::Numbers) -> Self::Numbers;
+
+    /// a of each lane where it is greater than b, and b elsewhere.
+    fn higher(self, a: Self::Numbers, b: Self::Numbers) -> Self::Numbers;
+
     /// a · b + c of each lane, rounded once where the processor has an instruction for it, and twice where it has none.
     fn multiply_add(self, a: Self::Numbers, b: Self::Numbers, c: Self::Numbers) -> Self::Numbers;
 }
@@ -38,17 +47,39 @@ pub trait Lanes<const N: usize>: Copy {
 pub trait Vectors: Lanes<LANES> + Lanes<WIDE> {
     /// Rows of a state that [`crate::rule`] takes through the tokens together, as its registers allow: 8, 16 or 64.
     const STATE_ROWS: usize;
+
+    /// Whether [`Vectors::transpose`] is more than moving number by number.
+    const SQUARES: bool;
+
+    /// Rows as columns.
+    fn transpose(self, rows: [Eight<Self>; LANES]) -> [Eight<Self>; LANES];
 }
+
+/// Eight numbers of a set.
+pub type Eight<E> = <E as Lanes<LANES>>::Numbers;
 
 /// Plain loops, for any processor.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Plain;
 
+// Taken in always: see `rule::scan_in`.
+#[allow(clippy::inline_always)]
 impl Vectors for Plain {
     const STATE_ROWS: usize = LANES;
+    const SQUARES: bool = false;
+
+    #[inline(always)]
+    fn transpose(self, rows: [[f32; LANES]; LANES]) -> [[f32; LANES]; LANES] {
+        let mut columns = rows;
+        for (i, row) in rows.iter().enumerate() {
+            for (column, &x) in columns.iter_mut().zip(row) {
+                column[i] = x;
+            }
+        }
+        columns
+    }
 }
 
-// Taken in always: see `rule::scan_in`.
 #[allow(clippy::inline_always)]
 impl<const N: usize> Lanes<N> for Plain {
     type Numbers = [f32; N];
@@ -91,6 +122,37 @@ impl<const N: usize> Lanes<N> for Plain {
         let mut out = a;
         for lane in 0..N {
             out[lane] *= b[lane];
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn divide(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        let mut out = a;
+        for lane in 0..N {
+            out[lane] /= b[lane];
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn lower(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        let mut out = b;
+        for lane in 0..N {
+            if a[lane] < b[lane] {
+                out[lane] = a[lane];
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn higher(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        let mut out = b;
+        for lane in 0..N {
+            if a[lane] > b[lane] {
+                out[lane] = a[lane];
+            }
         }
         out
     }

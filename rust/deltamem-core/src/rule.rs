@@ -341,7 +341,7 @@ struct Write<'a, Numbers, const V: usize> {
 /// wait for the one before it.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `scan_in`
-fn scan_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
+fn scan_block<E: Vectors + Lanes<N>, const N: usize, const V: usize, const C: usize>(
     vectors: E,
     block: Block,
     tokens: &Tokens<'_>,
@@ -356,16 +356,38 @@ fn scan_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
     if rows < V * N {
         columns.fill(0.0); // what another block left in lanes without a row may not be a number
     }
-    for (lane, row) in own.chunks_exact(rank).enumerate() {
-        for (column, &s) in columns.chunks_exact_mut(V * N).zip(row) {
-            column[lane] = s;
-        }
-    }
+    let state = Matrix {
+        numbers: &*own,
+        stride: rank,
+        rows,
+        columns: rank,
+    };
+    transpose(vectors, &state, columns, V * N);
     let (lanes, _) = columns.as_chunks_mut::<N>();
     let (lanes, _) = lanes.as_chunks_mut::<V>();
-    let lanes = &mut lanes[..rank];
+    run_block::<E, N, V, C>(vectors, block, tokens, &mut lanes[..rank], reads);
+    let columns = Matrix {
+        numbers: &*columns,
+        stride: V * N,
+        rows: rank,
+        columns: rows,
+    };
+    transpose(vectors, &columns, own, rank);
+    rows
+}
 
-    // One pass over the state for each token: the write of the token before it, then what its own query reads and its key recalls.
+/// One pass over the block for each token: the write of the token before it, then what its own query reads and its key recalls.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn run_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
+    vectors: E,
+    block: Block,
+    tokens: &Tokens<'_>,
+    lanes: &mut [[[f32; N]; V]],
+    reads: &mut [f32],
+) {
+    let rank = block.rank;
+    let rows = (rank - block.first).min(V * N);
     let mut written = None;
     for (token, &moves) in tokens.mask.iter().enumerate() {
         let vector = block.vector(token);
@@ -412,13 +434,46 @@ fn scan_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
             put(vectors, column, &write, k);
         }
     }
+}
 
-    for (lane, row) in own.chunks_exact_mut(rank).enumerate() {
-        for (s, column) in row.iter_mut().zip(columns.chunks_exact(V * N)) {
-            *s = column[lane];
+/// A matrix [rows, columns] in rows of `stride` numbers.
+struct Matrix<Numbers> {
+    numbers: Numbers,
+    stride: usize,
+    rows: usize,
+    columns: usize,
+}
+
+/// Puts `to[j][i] = from[i][j]`, in squares of eight by eight and number by number at the edges.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn transpose<E: Vectors>(vectors: E, from: &Matrix<&[f32]>, to: &mut [f32], stride: usize) {
+    for i in (0..from.rows).step_by(LANES) {
+        for j in (0..from.columns).step_by(LANES) {
+            let rows = &from.numbers[i * from.stride + j..];
+            let to = &mut to[j * stride + i..];
+            if E::SQUARES && i + LANES <= from.rows && j + LANES <= from.columns {
+                let mut square = [Lanes::<LANES>::splat(vectors, 0.0); LANES];
+                for n in 0..LANES {
+                    if let Some(row) = rows[n * from.stride..].first_chunk::<LANES>() {
+                        square[n] = vectors.load(row);
+                    }
+                }
+                let square = vectors.transpose(square);
+                for n in 0..LANES {
+                    if let Some(row) = to[n * stride..].first_chunk_mut::<LANES>() {
+                        *row = Lanes::<LANES>::store(vectors, square[n]);
+                    }
+                }
+            } else {
+                for n in 0..LANES.min(from.rows - i) {
+                    for m in 0..LANES.min(from.columns - j) {
+                        to[m * stride + n] = rows[n * from.stride + m];
+                    }
+                }
+            }
         }
     }
-    rows
 }
 
 /// S q and S k over the columns so far, in `C` parts.

@@ -5,6 +5,7 @@
 //! instructions and chosen at run time. It knows no ONNX Runtime, no threads of its own, no model. Its twin, written to be read, is
 //! `deltamem_core::networks`; tests hold the two together.
 
+mod activation;
 mod half;
 mod instructions;
 mod layer;

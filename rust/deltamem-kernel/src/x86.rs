@@ -2,9 +2,10 @@
 //! and at that level the compiler turns no loop into vectors.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, __m512, _mm256_add_ps, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_mul_ps,
-    _mm256_set1_ps, _mm256_sub_ps, _mm512_add_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_mul_ps,
-    _mm512_set1_ps, _mm512_sub_ps,
+    __m128i, __m256, __m256i, __m512, _mm256_add_ps, _mm256_cvtph_ps, _mm256_div_ps, _mm256_fmadd_ps,
+    _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_ps, _mm256_shuffle_ps,
+    _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_ps, _mm512_cvtph_ps, _mm512_div_ps,
+    _mm512_fmadd_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_sub_ps,
 };
 
 use deltamem_core::lanes::{LANES, Lanes, Vectors, WIDE};
@@ -23,8 +24,15 @@ impl Avx2 {
     }
 }
 
+#[allow(clippy::inline_always)] // see `instructions::Work`
 impl Vectors for Avx2 {
     const STATE_ROWS: usize = 16;
+    const SQUARES: bool = true;
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m256; LANES]) -> [__m256; LANES] {
+        transpose(self, rows)
+    }
 }
 
 impl Arithmetic for Avx2 {
@@ -43,8 +51,15 @@ impl Avx512 {
     }
 }
 
+#[allow(clippy::inline_always)] // see `instructions::Work`
 impl Vectors for Avx512 {
     const STATE_ROWS: usize = 64;
+    const SQUARES: bool = true;
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m256; LANES]) -> [__m256; LANES] {
+        transpose(self, rows)
+    }
 }
 
 impl Arithmetic for Avx512 {
@@ -54,7 +69,7 @@ impl Arithmetic for Avx512 {
 /// `$count` numbers in one register of `$set`, and halves in one of half the size.
 macro_rules! registers {
     ($set:ty, $count:expr, $register:ty, $halves:ty,
-     $splat:ident, $add:ident, $subtract:ident, $multiply:ident, $multiply_add:ident, $widen:ident) => {
+     $splat:ident, $add:ident, $subtract:ident, $multiply:ident, $divide:ident, $lower:ident, $higher:ident, $multiply_add:ident, $widen:ident) => {
         // SAFETY: of each block below: the processor has the instructions, for only `new` makes `self`, and where they are allowed. Arrays
         // and registers of the same size hold the same plain numbers, so that one may be taken for the other.
         #[allow(unsafe_code)]
@@ -99,6 +114,24 @@ macro_rules! registers {
             }
 
             #[inline(always)]
+            fn divide(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $divide(a, b) }
+            }
+
+            #[inline(always)]
+            fn lower(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $lower(a, b) }
+            }
+
+            #[inline(always)]
+            fn higher(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $higher(a, b) }
+            }
+
+            #[inline(always)]
             fn multiply_add(self, a: $register, b: $register, c: $register) -> $register {
                 // SAFETY: see above.
                 unsafe { $multiply_add(a, b, c) }
@@ -126,6 +159,9 @@ registers!(
     _mm256_add_ps,
     _mm256_sub_ps,
     _mm256_mul_ps,
+    _mm256_div_ps,
+    _mm256_min_ps,
+    _mm256_max_ps,
     _mm256_fmadd_ps,
     _mm256_cvtph_ps
 );
@@ -138,6 +174,9 @@ registers!(
     _mm256_add_ps,
     _mm256_sub_ps,
     _mm256_mul_ps,
+    _mm256_div_ps,
+    _mm256_min_ps,
+    _mm256_max_ps,
     _mm256_fmadd_ps,
     _mm256_cvtph_ps
 );
@@ -150,9 +189,46 @@ registers!(
     _mm512_add_ps,
     _mm512_sub_ps,
     _mm512_mul_ps,
+    _mm512_div_ps,
+    _mm512_min_ps,
+    _mm512_max_ps,
     _mm512_fmadd_ps,
     _mm512_cvtph_ps
 );
+
+/// Eight registers as rows, made columns. Whoever holds a set with such registers runs on a processor that has them.
+#[allow(unsafe_code)]
+#[allow(clippy::inline_always)] // see `instructions::Work`
+#[inline(always)]
+fn transpose<A: Lanes<LANES, Numbers = __m256>>(_: A, rows: [__m256; LANES]) -> [__m256; LANES] {
+    // SAFETY: the set stands for a processor with AVX.
+    unsafe {
+        // Pairs of rows, then fours, each in the halves of a register that hold the rows' halves; then the halves change places.
+        let [a, b, c, d, e, f, g, h] = rows;
+        let (ab, cd, ef, gh) = (
+            [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)],
+            [_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)],
+            [_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f)],
+            [_mm256_unpacklo_ps(g, h), _mm256_unpackhi_ps(g, h)],
+        );
+        let mut out = rows;
+        for i in 0..2 {
+            let low = [
+                _mm256_shuffle_ps::<0x44>(ab[i], cd[i]),
+                _mm256_shuffle_ps::<0xEE>(ab[i], cd[i]),
+            ];
+            let high = [
+                _mm256_shuffle_ps::<0x44>(ef[i], gh[i]),
+                _mm256_shuffle_ps::<0xEE>(ef[i], gh[i]),
+            ];
+            for j in 0..2 {
+                out[2 * i + j] = _mm256_permute2f128_ps::<0x20>(low[j], high[j]);
+                out[4 + 2 * i + j] = _mm256_permute2f128_ps::<0x31>(low[j], high[j]);
+            }
+        }
+        out
+    }
+}
 
 /// Two registers.
 #[allow(clippy::inline_always)] // see `instructions::Work`
@@ -204,6 +280,30 @@ impl Lanes<WIDE> for Avx2 {
         [
             Lanes::<LANES>::multiply(self, a[0], b[0]),
             Lanes::<LANES>::multiply(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn divide(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::divide(self, a[0], b[0]),
+            Lanes::<LANES>::divide(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn lower(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::lower(self, a[0], b[0]),
+            Lanes::<LANES>::lower(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn higher(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::higher(self, a[0], b[0]),
+            Lanes::<LANES>::higher(self, a[1], b[1]),
         ]
     }
 

@@ -444,34 +444,35 @@ struct Matrix<Numbers> {
     columns: usize,
 }
 
-/// Puts `to[j][i] = from[i][j]`, in squares of eight by eight and number by number at the edges.
+/// Puts `to[j][i] = from[i][j]`: in squares of eight by eight where the set has something for them, else number by number.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `scan_in`
 fn transpose<E: Vectors>(vectors: E, from: &Matrix<&[f32]>, to: &mut [f32], stride: usize) {
-    for i in (0..from.rows).step_by(LANES) {
-        for j in (0..from.columns).step_by(LANES) {
-            let rows = &from.numbers[i * from.stride + j..];
-            let to = &mut to[j * stride + i..];
-            if E::SQUARES && i + LANES <= from.rows && j + LANES <= from.columns {
-                let mut square = [Lanes::<LANES>::splat(vectors, 0.0); LANES];
-                for n in 0..LANES {
-                    if let Some(row) = rows[n * from.stride..].first_chunk::<LANES>() {
-                        square[n] = vectors.load(row);
-                    }
-                }
-                let square = vectors.transpose(square);
-                for n in 0..LANES {
-                    if let Some(row) = to[n * stride..].first_chunk_mut::<LANES>() {
-                        *row = Lanes::<LANES>::store(vectors, square[n]);
-                    }
-                }
-            } else {
-                for n in 0..LANES.min(from.rows - i) {
-                    for m in 0..LANES.min(from.columns - j) {
-                        to[m * stride + n] = rows[n * from.stride + m];
-                    }
+    let squares = |count: usize| if E::SQUARES { count - count % LANES } else { 0 };
+    let (whole_rows, whole_columns) = (squares(from.rows), squares(from.columns));
+    for i in (0..whole_rows).step_by(LANES) {
+        let rows = &from.numbers[i * from.stride..][..LANES * from.stride];
+        for j in (0..whole_columns).step_by(LANES) {
+            let mut square = [Lanes::<LANES>::splat(vectors, 0.0); LANES];
+            for n in 0..LANES {
+                if let Some(row) = rows[n * from.stride + j..].first_chunk::<LANES>() {
+                    square[n] = vectors.load(row);
                 }
             }
+            let square = vectors.transpose(square);
+            let to = &mut to[j * stride + i..];
+            for n in 0..LANES {
+                if let Some(row) = to[n * stride..].first_chunk_mut::<LANES>() {
+                    *row = Lanes::<LANES>::store(vectors, square[n]);
+                }
+            }
+        }
+    }
+    for (i, row) in from.numbers.chunks_exact(from.stride).take(from.rows).enumerate() {
+        let left = if i < whole_rows { whole_columns } else { 0 };
+        let to = to[left * stride..].chunks_exact_mut(stride);
+        for (to, &x) in to.zip(&row[left..from.columns]) {
+            to[i] = x;
         }
     }
 }
@@ -514,14 +515,18 @@ fn pass<E: Lanes<N>, const N: usize, const V: usize, const C: usize, const MOVES
         let meets = Meets { written, q, k };
         pass_column::<E, N, V, C, MOVES>(vectors, column, write, meets, 0, &mut sums);
     }
-    let (mut read, mut recalled) = (sums.read[0], sums.recalled[0]);
-    for c in 1..C {
-        for v in 0..V {
-            read[v] = vectors.add(read[v], sums.read[c][v]);
-            recalled[v] = vectors.add(recalled[v], sums.recalled[c][v]);
+    // Halves onto halves, for the next write waits for this.
+    let mut parts = C;
+    while parts > 1 {
+        parts /= 2;
+        for c in 0..parts {
+            for v in 0..V {
+                sums.read[c][v] = vectors.add(sums.read[c][v], sums.read[c + parts][v]);
+                sums.recalled[c][v] = vectors.add(sums.recalled[c][v], sums.recalled[c + parts][v]);
+            }
         }
     }
-    (read, recalled)
+    (sums.read[0], sums.recalled[0])
 }
 
 /// A column's numbers of the key that is written, of the query and of the key.

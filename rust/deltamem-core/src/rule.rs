@@ -1,4 +1,4 @@
-//! The recurrence of δ-mem over a run of tokens, in f32, eight rows of S at a time. It takes q, k, v and the three gates as they are: what
+//! The recurrence of δ-mem over a run of tokens, in f32, as many rows of S at a time as registers hold. It takes q, k, v and the three gates as they are: what
 //! makes them is in [`crate::gates`] and [`crate::networks`]. Twins: `deltamem_export.reference` (`PyTorch`) and the graft's
 //! `LinearAttention` island (ONNX).
 //!
@@ -205,9 +205,9 @@ pub fn scan_in<E: Vectors>(
                 head,
                 first,
             };
-            first += if E::STATE_ROWS >= 4 * WIDE && left >= 4 * WIDE {
+            first += if E::STATE_ROWS >= 4 * WIDE && left > 3 * WIDE {
                 scan_block::<E, WIDE, 4, 1>(vectors, block, tokens, room, state, reads)
-            } else if E::STATE_ROWS >= 2 * WIDE && left >= 2 * WIDE {
+            } else if E::STATE_ROWS >= 2 * WIDE && left > WIDE {
                 scan_block::<E, WIDE, 2, 2>(vectors, block, tokens, room, state, reads)
             } else if E::STATE_ROWS >= WIDE && left > LANES {
                 scan_block::<E, WIDE, 1, 2>(vectors, block, tokens, room, state, reads)
@@ -392,17 +392,16 @@ fn run_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
     for (token, &moves) in tokens.mask.iter().enumerate() {
         let vector = block.vector(token);
         let (q, k) = (&tokens.q[vector..][..rank], &tokens.k[vector..][..rank]);
-        let (read, recalled) = match written {
-            Some(write) => pass::<E, N, V, C, true>(vectors, lanes, &write, q, k),
-            None => {
-                let zero = [vectors.splat(0.0); V];
-                let write = Write {
-                    keep: zero,
-                    amount: zero,
-                    k,
-                };
-                pass::<E, N, V, C, false>(vectors, lanes, &write, q, k)
-            }
+        let (read, recalled) = if let Some(write) = written {
+            pass::<E, N, V, C, true>(vectors, lanes, &write, q, k)
+        } else {
+            let zero = [vectors.splat(0.0); V];
+            let write = Write {
+                keep: zero,
+                amount: zero,
+                k,
+            };
+            pass::<E, N, V, C, false>(vectors, lanes, &write, q, k)
         };
         let reads = &mut reads[vector + block.first..][..rows];
         for (out, read) in reads.chunks_mut(N).zip(read) {
@@ -530,6 +529,7 @@ fn pass<E: Lanes<N>, const N: usize, const V: usize, const C: usize, const MOVES
 }
 
 /// A column's numbers of the key that is written, of the query and of the key.
+#[derive(Clone, Copy)]
 struct Meets {
     written: f32,
     q: f32,
@@ -550,8 +550,8 @@ fn pass_column<E: Lanes<N>, const N: usize, const V: usize, const C: usize, cons
         put(vectors, column, write, meets.written);
     }
     let (q, k) = (vectors.splat(meets.q), vectors.splat(meets.k));
-    for v in 0..V {
-        let s = vectors.load(&column[v]);
+    for (v, s) in column.iter().enumerate() {
+        let s = vectors.load(s);
         sums.recalled[c][v] = vectors.multiply_add(s, k, sums.recalled[c][v]);
         sums.read[c][v] = vectors.multiply_add(s, q, sums.read[c][v]);
     }
@@ -567,9 +567,9 @@ fn put<E: Lanes<N>, const N: usize, const V: usize>(
     k: f32,
 ) {
     let k = vectors.splat(k);
-    for v in 0..V {
-        let kept = vectors.multiply(write.keep[v], vectors.load(&column[v]));
-        column[v] = vectors.store(vectors.multiply_add(write.amount[v], k, kept));
+    for (v, s) in column.iter_mut().enumerate() {
+        let kept = vectors.multiply(write.keep[v], vectors.load(s));
+        *s = vectors.store(vectors.multiply_add(write.amount[v], k, kept));
     }
 }
 

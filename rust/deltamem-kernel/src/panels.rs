@@ -277,10 +277,9 @@ impl Panels {
             }
         }
         let mut kept = OnLine([[0.0; PANEL]; P]);
-        for p in 0..P {
-            let kept = &mut kept.0[p].as_chunks_mut::<N>().0[..V];
-            for v in 0..V {
-                kept[v] = arithmetic.store(sums[p][v]);
+        for (kept, sums) in kept.0.iter_mut().zip(&sums) {
+            for (kept, &sums) in kept.as_chunks_mut::<N>().0.iter_mut().zip(sums) {
+                *kept = arithmetic.store(sums);
             }
         }
         for (p, sums) in kept.0.iter().enumerate() {
@@ -461,6 +460,57 @@ mod tests {
                 add: false,
             };
             self.0.multiply(arithmetic, self.1, &mut into);
+        }
+    }
+
+    /// Numbers between −1 and 1 that look drawn.
+    fn numbers(count: usize) -> Vec<f32> {
+        (0_u32..)
+            .take(count)
+            .map(|n| (n.wrapping_mul(2_654_435_761) >> 8) as f32 / (1_u32 << 23) as f32 - 1.0)
+            .collect()
+    }
+
+    #[test]
+    fn a_product_is_one_in_f64_and_has_the_same_bits_row_by_row() {
+        // Around the sizes of pieces, tiles, panels and groups of rows.
+        for (inner, columns) in [
+            (1, 1),
+            (127, 33),
+            (128, 40),
+            (129, 64),
+            (300, 161),
+            (513, 8),
+            (40, 290),
+        ] {
+            let matrix = numbers(inner * columns);
+            for narrow in [false, true] {
+                let panels = Panels::pack(&matrix, inner, columns, 0, columns, narrow);
+                let kept = |x: f32| if narrow { half::widen(half::narrow(x)) } else { x };
+                for rows in [1, 2, 3, 5, 7, 8, 13, 48, 53, 97] {
+                    let x = numbers(rows * inner);
+                    let wanted = |row: usize, column: usize| -> f64 {
+                        let own = x[row * inner..][..inner].iter().enumerate();
+                        own.map(|(k, &x)| f64::from(x) * f64::from(kept(matrix[k * columns + column])))
+                            .sum()
+                    };
+                    for instructions in Instructions::available() {
+                        let mut whole = vec![f32::NAN; rows * columns];
+                        instructions.run(Product(&panels, &x, &mut whole));
+                        for (row, (found, x)) in whole.chunks(columns).zip(x.chunks(inner)).enumerate() {
+                            let mut alone = vec![f32::NAN; columns];
+                            instructions.run(Product(&panels, x, &mut alone));
+                            for (column, (&found, &alone)) in found.iter().zip(&alone).enumerate() {
+                                let what =
+                                    format!("{instructions}, {rows} x {inner} x {columns}: {row}, {column}");
+                                assert_eq!(found.to_bits(), alone.to_bits(), "{what}");
+                                let off = (f64::from(found) - wanted(row, column)).abs();
+                                assert!(off < 1e-4, "{what}: off by {off}");
+                            }
+                        }
+                    }
+                }
+            }
         }
     }
 

@@ -69,6 +69,97 @@ mod tests {
 
     use super::*;
 
+    const RANKS: [usize; 18] = [
+        1, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 130,
+    ];
+
+    /// Numbers between −1 and 1 that look drawn.
+    fn numbers(count: usize, salt: u32) -> Vec<f32> {
+        (0_u32..)
+            .take(count)
+            .map(|n| ((n ^ salt << 20).wrapping_mul(2_654_435_761) >> 8) as f32 / (1_u32 << 23) as f32 - 1.0)
+            .collect()
+    }
+
+    #[test]
+    fn every_set_follows_the_rule_and_any_split_gives_the_same_bits() {
+        let (count, heads) = (11, 2);
+        for (rank, gates) in RANKS
+            .iter()
+            .flat_map(|&rank| [(rank, Gates::Row), (rank, Gates::Head)])
+        {
+            let (vector, gate) = (heads * rank, heads * gates.per_head(rank));
+            let [mut q, mut k, v] = [1, 2, 3].map(|salt| numbers(count * vector, salt));
+            deltamem_core::gates::l2_normalize(&mut q, rank);
+            deltamem_core::gates::l2_normalize(&mut k, rank);
+            let [keep, erase, write] = [4, 5, 6].map(|salt| {
+                numbers(count * gate, salt)
+                    .into_iter()
+                    .map(f32::abs)
+                    .collect::<Vec<_>>()
+            });
+            let mask: Vec<bool> = (0..count).map(|n| n % 4 != 2).collect();
+            let before = numbers(vector * rank, 7);
+            let tokens = |from: usize, to: usize| Tokens {
+                q: &q[from * vector..to * vector],
+                k: &k[from * vector..to * vector],
+                v: &v[from * vector..to * vector],
+                keep: &keep[from * gate..to * gate],
+                erase: &erase[from * gate..to * gate],
+                write: &write[from * gate..to * gate],
+                mask: &mask[from..to],
+            };
+            let (mut wanted, mut wanted_reads) = (before.clone(), vec![f32::NAN; count * vector]);
+            rule::scan(
+                heads,
+                rank,
+                gates,
+                &tokens(0, count),
+                &mut wanted,
+                &mut wanted_reads,
+            )
+            .unwrap();
+            for instructions in Instructions::available() {
+                let run = |ends: &[usize]| {
+                    let (mut state, mut reads) = (before.clone(), vec![f32::NAN; count * vector]);
+                    let (mut from, mut room) = (0, Room::default());
+                    for &to in ends {
+                        let scan = Scan {
+                            heads,
+                            rank,
+                            gates,
+                            tokens: &tokens(from, to),
+                            state: &mut state,
+                            reads: &mut reads[from * vector..to * vector],
+                            room: &mut room,
+                        };
+                        instructions.run(scan).unwrap();
+                        from = to;
+                    }
+                    state.extend(reads);
+                    state
+                };
+                let whole = run(&[count]);
+                for (found, wanted) in whole.iter().zip(wanted.iter().chain(&wanted_reads)) {
+                    assert!(
+                        (found - wanted).abs() < 1e-5,
+                        "{instructions}, rank {rank}, {gates}: {found}, expected {wanted}"
+                    );
+                }
+                let bits = |all: Vec<f32>| all.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                let whole = bits(whole);
+                assert!(
+                    whole == bits(run(&[1, 3, 4, 8, count])),
+                    "{instructions}, rank {rank}, {gates}"
+                );
+                assert!(
+                    whole == bits(run(&(1..=count).collect::<Vec<_>>())),
+                    "{instructions}, rank {rank}, {gates}"
+                );
+            }
+        }
+    }
+
     #[test]
     #[ignore = "prints times: cargo test --release -p deltamem-kernel --lib -- --ignored --nocapture"]
     fn how_fast_scans_are() {

@@ -204,13 +204,15 @@ fn transpose<A: Lanes<LANES, Numbers = __m256>>(_: A, rows: [__m256; LANES]) -> 
     // SAFETY: the set stands for a processor with AVX.
     unsafe {
         // Pairs of rows, then fours, each in the halves of a register that hold the rows' halves; then the halves change places.
-        let [a, b, c, d, e, f, g, h] = rows;
-        let (ab, cd, ef, gh) = (
-            [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)],
-            [_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)],
-            [_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f)],
-            [_mm256_unpacklo_ps(g, h), _mm256_unpackhi_ps(g, h)],
-        );
+        let mut pairs = [[rows[0]; 2]; 4];
+        for (n, pair) in pairs.iter_mut().enumerate() {
+            let (first, second) = (rows[2 * n], rows[2 * n + 1]);
+            *pair = [
+                _mm256_unpacklo_ps(first, second),
+                _mm256_unpackhi_ps(first, second),
+            ];
+        }
+        let [ab, cd, ef, gh] = pairs;
         let mut out = rows;
         for i in 0..2 {
             let low = [

@@ -205,9 +205,9 @@ pub fn scan_in<E: Vectors>(
                 head,
                 first,
             };
-            first += if E::STATE_ROWS >= 4 * WIDE && left > 3 * WIDE {
+            first += if E::STATE_ROWS >= 4 * WIDE && left >= 4 * WIDE {
                 scan_block::<E, WIDE, 4, 1>(vectors, block, tokens, room, state, reads)
-            } else if E::STATE_ROWS >= 2 * WIDE && left > WIDE {
+            } else if E::STATE_ROWS >= 2 * WIDE && left >= 2 * WIDE {
                 scan_block::<E, WIDE, 2, 2>(vectors, block, tokens, room, state, reads)
             } else if E::STATE_ROWS >= WIDE && left > LANES {
                 scan_block::<E, WIDE, 1, 2>(vectors, block, tokens, room, state, reads)

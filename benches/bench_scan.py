@@ -25,8 +25,8 @@ from measuring import Figures, Ratio, Table, interleaved, quantity, reached, sec
 TOKENS = 512
 RANKS = (8, 32, 64)
 Array = npt.NDArray[np.float32]
-CALLS = 8
-"""Calls that are timed at once: one is a few microseconds."""
+CALLS = 64
+"""Calls that are timed at once: one is a few microseconds, and the first ones after a pause are the slower for it."""
 
 
 class Operator:

@@ -7,10 +7,10 @@
 #![forbid(unsafe_code)]
 
 pub mod edits;
-pub mod eight;
 pub mod gates;
 pub mod geometry;
 pub mod health;
+pub mod lanes;
 pub mod networks;
 pub mod rule;
 pub mod snapshot;

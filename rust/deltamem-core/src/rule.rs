@@ -1,4 +1,4 @@
-//! The recurrence of δ-mem over a run of tokens, in f32, eight rows of S at a time. It takes q, k, v and the three gates as they are: what
+//! The recurrence of δ-mem over a run of tokens, in f32, as many rows of S at a time as registers hold. It takes q, k, v and the three gates as they are: what
 //! makes them is in [`crate::gates`] and [`crate::networks`]. Twins: `deltamem_export.reference` (`PyTorch`) and the graft's
 //! `LinearAttention` island (ONNX).
 //!
@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::eight::{Eight, LANES, Plain};
+use crate::lanes::{LANES, Lanes, Plain, Vectors, WIDE};
 
 /// How β and λ become the gates keep, erase and write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -157,18 +157,34 @@ pub fn scan(
 /// What [`scan_in`] works in; kept from call to call, nothing is allocated for a rank that was seen before.
 #[derive(Debug, Clone, Default)]
 pub struct Room {
-    columns: Vec<[f32; LANES]>,
+    columns: Vec<f32>,
 }
 
-/// [`scan`] in room of the caller's and with the caller's instructions; the bits stay the same. It is compiled into its caller.
+impl Room {
+    /// Room for `count` numbers from the beginning of a cache line on, where the allocator can say where that is.
+    fn columns(&mut self, count: usize) -> &mut [f32] {
+        let spare = LINE / size_of::<f32>();
+        if self.columns.len() < count + spare {
+            self.columns.resize(count + spare, 0.0);
+        }
+        let from = self.columns.as_ptr().align_offset(LINE).min(spare);
+        &mut self.columns[from..from + count]
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// [`scan`] in room of the caller's and with the caller's instructions, which may round a product and a sum once. It is compiled into its
+/// caller.
 ///
 /// # Errors
 /// As [`scan`].
 #[inline(always)]
 #[allow(clippy::inline_always)] // a function with more target features takes it in
 #[allow(clippy::too_many_arguments)]
-pub fn scan_in<E: Eight>(
-    eight: E,
+pub fn scan_in<E: Vectors>(
+    vectors: E,
     room: &mut Room,
     heads: usize,
     rank: usize,
@@ -178,10 +194,10 @@ pub fn scan_in<E: Eight>(
     reads: &mut [f32],
 ) -> Result<(), RuleError> {
     check_lengths(heads, rank, gates, tokens, state.len(), reads.len())?;
-    room.columns.resize(rank, [0.0; LANES]);
-    let columns = &mut room.columns;
     for head in 0..heads {
-        for first in (0..rank).step_by(LANES) {
+        let mut first = 0;
+        while first < rank {
+            let left = rank - first;
             let block = Block {
                 heads,
                 rank,
@@ -189,7 +205,15 @@ pub fn scan_in<E: Eight>(
                 head,
                 first,
             };
-            scan_block(eight, block, tokens, columns, state, reads);
+            first += if E::STATE_ROWS >= 4 * WIDE && left >= 4 * WIDE {
+                scan_block::<E, WIDE, 4, 1>(vectors, block, tokens, room, state, reads)
+            } else if E::STATE_ROWS >= 2 * WIDE && left >= 2 * WIDE {
+                scan_block::<E, WIDE, 2, 2>(vectors, block, tokens, room, state, reads)
+            } else if E::STATE_ROWS >= WIDE && left > LANES {
+                scan_block::<E, WIDE, 1, 2>(vectors, block, tokens, room, state, reads)
+            } else {
+                scan_block::<E, LANES, 1, 4>(vectors, block, tokens, room, state, reads)
+            };
         }
     }
     Ok(())
@@ -240,9 +264,9 @@ fn product(sizes: &[usize]) -> usize {
         .fold(1, |product: usize, &size| product.saturating_mul(size))
 }
 
-/// Which rows a block holds: up to [`LANES`] of them from row `first` of `head` on, one in each lane of a vector register. The rows of a
-/// state never look at each other, so a block of them goes through all the tokens before the next one begins, and stays close to the
-/// processor meanwhile.
+/// Which rows of a state a block holds: as many as its vectors have lanes, from row `first` of `head` on, or those that are left. The rows
+/// of a state never look at each other, so a block of them goes through all the tokens before the next one begins, and stays close to
+/// the processor meanwhile.
 #[derive(Clone, Copy)]
 struct Block {
     heads: usize,
@@ -253,87 +277,299 @@ struct Block {
 }
 
 impl Block {
-    /// The block's part of one token's row of [H, r].
-    #[inline]
-    fn of<'a>(&self, all: &'a [f32], token: usize) -> &'a [f32] {
-        &all[self.vector(token) + self.first..][..self.rows()]
-    }
-
-    #[inline]
-    fn rows(&self) -> usize {
-        (self.rank - self.first).min(LANES)
-    }
-
     /// Where one token's vector of the block's head begins in [T, H, r].
-    #[inline]
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
     fn vector(&self, token: usize) -> usize {
         (token * self.heads + self.head) * self.rank
     }
 
-    /// One token's gates for the block's rows, from [T, H, r] or [T, H, 1]. Lanes without a row get 0.
-    #[inline]
-    fn gate(&self, all: &[f32], token: usize) -> [f32; LANES] {
+    /// The `rows` of the block in one token's vector of [T, H, r]. Lanes without a row get 0.
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
+    fn of<E: Lanes<N>, const N: usize, const V: usize>(
+        &self,
+        vectors: E,
+        all: &[f32],
+        token: usize,
+        rows: usize,
+    ) -> [E::Numbers; V] {
+        let own = &all[self.vector(token) + self.first..][..rows];
+        let mut out = [vectors.splat(0.0); V];
+        if let Some(whole) = own.as_chunks::<N>().0.first_chunk::<V>() {
+            for v in 0..V {
+                out[v] = vectors.load(&whole[v]);
+            }
+            return out;
+        }
+        for (out, part) in out.iter_mut().zip(own.chunks(N)) {
+            let mut lanes = [0.0; N];
+            for (lane, &x) in lanes.iter_mut().zip(part) {
+                *lane = x;
+            }
+            *out = vectors.load(&lanes);
+        }
+        out
+    }
+
+    /// One token's gates for the block's rows, from [T, H, r] or [T, H, 1].
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
+    fn gate<E: Lanes<N>, const N: usize, const V: usize>(
+        &self,
+        vectors: E,
+        all: &[f32],
+        token: usize,
+        rows: usize,
+    ) -> [E::Numbers; V] {
         match self.gates {
-            Gates::Row => lanes(self.of(all, token)),
-            Gates::Head => [all[token * self.heads + self.head]; LANES],
+            Gates::Row => self.of(vectors, all, token, rows),
+            Gates::Head => [vectors.splat(all[token * self.heads + self.head]); V],
         }
     }
 }
 
-#[inline]
-fn lanes(values: &[f32]) -> [f32; LANES] {
-    let mut lanes = [0.0; LANES];
-    lanes[..values.len()].copy_from_slice(values);
-    lanes
+/// What a token does to a block's rows: S ← keep S + amount kᵀ.
+struct Write<'a, Numbers, const V: usize> {
+    keep: [Numbers; V],
+    amount: [Numbers; V],
+    k: &'a [f32],
 }
 
-/// `columns` is room for the block's rows, [r][lanes]: laid out so, one number of a key meets all rows at once, and no sum runs across
-/// lanes.
+/// Takes one block through all tokens, and returns how many rows it held. The block lies in room of its own as [r][V][N]: laid out so, one
+/// number of a key meets all rows at once, and no sum runs across lanes. A sum over columns has `C` parts, so that one addition need not
+/// wait for the one before it.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `scan_in`
-fn scan_block<E: Eight>(
-    eight: E,
+fn scan_block<E: Vectors + Lanes<N>, const N: usize, const V: usize, const C: usize>(
+    vectors: E,
     block: Block,
     tokens: &Tokens<'_>,
-    columns: &mut [[f32; LANES]],
+    room: &mut Room,
     state: &mut [f32],
     reads: &mut [f32],
-) {
-    let (rank, rows) = (block.rank, block.rows());
-    let rows_at = (block.head * rank + block.first) * rank;
-    for (lane, row) in state[rows_at..][..rows * rank].chunks_exact(rank).enumerate() {
-        for (column, &s) in columns.iter_mut().zip(row) {
-            column[lane] = s;
-        }
+) -> usize {
+    let rank = block.rank;
+    let rows = (rank - block.first).min(V * N);
+    let columns = room.columns(rank * V * N);
+    let own = &mut state[(block.head * rank + block.first) * rank..][..rows * rank];
+    if rows < V * N {
+        columns.fill(0.0); // what another block left in lanes without a row may not be a number
     }
+    let state = Matrix {
+        numbers: &*own,
+        stride: rank,
+        rows,
+        columns: rank,
+    };
+    transpose(vectors, &state, columns, V * N);
+    let (lanes, _) = columns.as_chunks_mut::<N>();
+    let (lanes, _) = lanes.as_chunks_mut::<V>();
+    run_block::<E, N, V, C>(vectors, block, tokens, &mut lanes[..rank], reads);
+    let columns = Matrix {
+        numbers: &*columns,
+        stride: V * N,
+        rows: rank,
+        columns: rows,
+    };
+    transpose(vectors, &columns, own, rank);
+    rows
+}
+
+/// One pass over the block for each token: the write of the token before it, then what its own query reads and its key recalls.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn run_block<E: Lanes<N>, const N: usize, const V: usize, const C: usize>(
+    vectors: E,
+    block: Block,
+    tokens: &Tokens<'_>,
+    lanes: &mut [[[f32; N]; V]],
+    reads: &mut [f32],
+) {
+    let rank = block.rank;
+    let rows = (rank - block.first).min(V * N);
+    let mut written = None;
     for (token, &moves) in tokens.mask.iter().enumerate() {
         let vector = block.vector(token);
         let (q, k) = (&tokens.q[vector..][..rank], &tokens.k[vector..][..rank]);
-        let (mut read, mut recalled) = (eight.splat(0.0), eight.splat(0.0));
-        for ((column, &q), &k) in columns.iter().zip(q).zip(k) {
-            let column = eight.load(column);
-            read = eight.add(read, eight.multiply(column, eight.splat(q)));
-            recalled = eight.add(recalled, eight.multiply(column, eight.splat(k)));
+        let (read, recalled) = if let Some(write) = written {
+            pass::<E, N, V, C, true>(vectors, lanes, &write, q, k)
+        } else {
+            let zero = [vectors.splat(0.0); V];
+            let write = Write {
+                keep: zero,
+                amount: zero,
+                k,
+            };
+            pass::<E, N, V, C, false>(vectors, lanes, &write, q, k)
+        };
+        let reads = &mut reads[vector + block.first..][..rows];
+        for (out, read) in reads.chunks_mut(N).zip(read) {
+            let read = vectors.store(read);
+            if let Some(whole) = out.first_chunk_mut::<N>() {
+                *whole = read;
+            } else {
+                for (out, read) in out.iter_mut().zip(read) {
+                    *out = read;
+                }
+            }
         }
-        reads[vector + block.first..][..rows].copy_from_slice(&eight.store(read)[..rows]);
+        written = None;
         if moves {
-            let v = eight.load(&lanes(block.of(tokens.v, token)));
-            let [keep, erase, write] =
-                [tokens.keep, tokens.erase, tokens.write].map(|all| eight.load(&block.gate(all, token)));
-            let amount = eight.subtract(eight.multiply(write, v), eight.multiply(erase, recalled));
-            for (column, &k) in columns.iter_mut().zip(k) {
-                let (kept, put) = (
-                    eight.multiply(keep, eight.load(column)),
-                    eight.multiply(amount, eight.splat(k)),
-                );
-                *column = eight.store(eight.add(kept, put));
+            let v = block.of::<E, N, V>(vectors, tokens.v, token, rows);
+            let keep = block.gate::<E, N, V>(vectors, tokens.keep, token, rows);
+            let erase = block.gate::<E, N, V>(vectors, tokens.erase, token, rows);
+            let write = block.gate::<E, N, V>(vectors, tokens.write, token, rows);
+            let (zero, mut amount) = (vectors.splat(0.0), v);
+            for i in 0..V {
+                let taken = vectors.subtract(zero, erase[i]);
+                amount[i] = vectors.multiply_add(taken, recalled[i], vectors.multiply(write[i], v[i]));
+            }
+            written = Some(Write { keep, amount, k });
+        }
+    }
+    if let Some(write) = written {
+        for (column, &k) in lanes.iter_mut().zip(write.k) {
+            put(vectors, column, &write, k);
+        }
+    }
+}
+
+/// A matrix [rows, columns] in rows of `stride` numbers.
+struct Matrix<Numbers> {
+    numbers: Numbers,
+    stride: usize,
+    rows: usize,
+    columns: usize,
+}
+
+/// Puts `to[j][i] = from[i][j]`: in squares of eight by eight where the set has something for them, else number by number.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn transpose<E: Vectors>(vectors: E, from: &Matrix<&[f32]>, to: &mut [f32], stride: usize) {
+    let squares = |count: usize| if E::SQUARES { count - count % LANES } else { 0 };
+    let (whole_rows, whole_columns) = (squares(from.rows), squares(from.columns));
+    for i in (0..whole_rows).step_by(LANES) {
+        let rows = &from.numbers[i * from.stride..][..LANES * from.stride];
+        for j in (0..whole_columns).step_by(LANES) {
+            let mut square = [Lanes::<LANES>::splat(vectors, 0.0); LANES];
+            for n in 0..LANES {
+                if let Some(row) = rows[n * from.stride + j..].first_chunk::<LANES>() {
+                    square[n] = vectors.load(row);
+                }
+            }
+            let square = vectors.transpose(square);
+            let to = &mut to[j * stride + i..];
+            for n in 0..LANES {
+                if let Some(row) = to[n * stride..].first_chunk_mut::<LANES>() {
+                    *row = Lanes::<LANES>::store(vectors, square[n]);
+                }
             }
         }
     }
-    for (lane, row) in state[rows_at..][..rows * rank].chunks_exact_mut(rank).enumerate() {
-        for (s, column) in row.iter_mut().zip(columns.iter()) {
-            *s = column[lane];
+    for (i, row) in from.numbers.chunks_exact(from.stride).take(from.rows).enumerate() {
+        let left = if i < whole_rows { whole_columns } else { 0 };
+        let to = to[left * stride..].chunks_exact_mut(stride);
+        for (to, &x) in to.zip(&row[left..from.columns]) {
+            to[i] = x;
         }
+    }
+}
+
+/// S q and S k over the columns so far, in `C` parts.
+struct Sums<Numbers, const V: usize, const C: usize> {
+    read: [[Numbers; V]; C],
+    recalled: [[Numbers; V]; C],
+}
+
+/// Writes if `MOVES`, and gives S q and S k of the state behind it.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn pass<E: Lanes<N>, const N: usize, const V: usize, const C: usize, const MOVES: bool>(
+    vectors: E,
+    lanes: &mut [[[f32; N]; V]],
+    write: &Write<'_, E::Numbers, V>,
+    q: &[f32],
+    k: &[f32],
+) -> ([E::Numbers; V], [E::Numbers; V]) {
+    let zero = vectors.splat(0.0);
+    let mut sums = Sums {
+        read: [[zero; V]; C],
+        recalled: [[zero; V]; C],
+    };
+    let (runs, rest) = lanes.as_chunks_mut::<C>();
+    let (ks_written, last_written) = write.k.as_chunks::<C>();
+    let ((qs, last_q), (ks, last_k)) = (q.as_chunks::<C>(), k.as_chunks::<C>());
+    for (((run, written), q), k) in runs.iter_mut().zip(ks_written).zip(qs).zip(ks) {
+        for c in 0..C {
+            let meets = Meets {
+                written: written[c],
+                q: q[c],
+                k: k[c],
+            };
+            pass_column::<E, N, V, C, MOVES>(vectors, &mut run[c], write, meets, c, &mut sums);
+        }
+    }
+    for (((column, &written), &q), &k) in rest.iter_mut().zip(last_written).zip(last_q).zip(last_k) {
+        let meets = Meets { written, q, k };
+        pass_column::<E, N, V, C, MOVES>(vectors, column, write, meets, 0, &mut sums);
+    }
+    // Halves onto halves, for the next write waits for this.
+    let mut parts = C;
+    while parts > 1 {
+        parts /= 2;
+        for c in 0..parts {
+            for v in 0..V {
+                sums.read[c][v] = vectors.add(sums.read[c][v], sums.read[c + parts][v]);
+                sums.recalled[c][v] = vectors.add(sums.recalled[c][v], sums.recalled[c + parts][v]);
+            }
+        }
+    }
+    (sums.read[0], sums.recalled[0])
+}
+
+/// A column's numbers of the key that is written, of the query and of the key.
+#[derive(Clone, Copy)]
+struct Meets {
+    written: f32,
+    q: f32,
+    k: f32,
+}
+
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn pass_column<E: Lanes<N>, const N: usize, const V: usize, const C: usize, const MOVES: bool>(
+    vectors: E,
+    column: &mut [[f32; N]; V],
+    write: &Write<'_, E::Numbers, V>,
+    meets: Meets,
+    c: usize,
+    sums: &mut Sums<E::Numbers, V, C>,
+) {
+    if MOVES {
+        put(vectors, column, write, meets.written);
+    }
+    let (q, k) = (vectors.splat(meets.q), vectors.splat(meets.k));
+    for (v, s) in column.iter().enumerate() {
+        let s = vectors.load(s);
+        sums.recalled[c][v] = vectors.multiply_add(s, k, sums.recalled[c][v]);
+        sums.read[c][v] = vectors.multiply_add(s, q, sums.read[c][v]);
+    }
+}
+
+/// Writes one column of a block's rows.
+#[inline(always)]
+#[allow(clippy::inline_always)] // see `scan_in`
+fn put<E: Lanes<N>, const N: usize, const V: usize>(
+    vectors: E,
+    column: &mut [[f32; N]; V],
+    write: &Write<'_, E::Numbers, V>,
+    k: f32,
+) {
+    let k = vectors.splat(k);
+    for (v, s) in column.iter_mut().enumerate() {
+        let kept = vectors.multiply(write.keep[v], vectors.load(s));
+        *s = vectors.store(vectors.multiply_add(write.amount[v], k, kept));
     }
 }
 

@@ -1,14 +1,13 @@
-//! Which vector instructions the processor has. Work is written once, eight numbers at a time, is compiled for each set that is worth it,
-//! and runs as the best one; nothing is built for one machine. AVX-512 is not among them: a decode step waits for memory, and the products
-//! of a prefill are too small a part of it to pay for the wheel's bytes.
+//! Which vector instructions the processor has. Work is written once, eight or sixteen numbers at a time, is compiled for each set that is
+//! worth it, and runs as the best one; nothing is built for one machine.
 
 use std::fmt;
 
-use deltamem_core::eight::{Eight, LANES, Plain};
+use deltamem_core::lanes::{LANES, Lanes, Plain, Vectors, WIDE};
 
-#[cfg(target_arch = "x86_64")]
-use crate::avx2::Avx2;
 use crate::half;
+#[cfg(target_arch = "x86_64")]
+use crate::x86::{Avx2, Avx512};
 
 /// A set of instructions that this processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +19,8 @@ enum Set {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Instructions {
@@ -37,6 +38,9 @@ impl Instructions {
             && is_x86_feature_detected!("f16c")
         {
             found.push(Self(Set::Avx2));
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+                found.push(Self(Set::Avx512));
+            }
         }
         found
     }
@@ -50,6 +54,8 @@ impl Instructions {
             Set::Baseline => "baseline",
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => "avx2+fma",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => "avx512",
         }
     }
 
@@ -61,6 +67,9 @@ impl Instructions {
             // SAFETY: `available` is the only place that makes this set, and has found these features in this processor.
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => unsafe { with_avx2(work) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => unsafe { with_avx512(work) },
         }
     }
 }
@@ -85,33 +94,32 @@ fn with_avx2<W: Work>(work: W) -> W::Output {
     work.run(Avx2::new())
 }
 
-/// What the products need beyond [`Eight`]. The sets' bits differ here: one rounding or two.
-pub(crate) trait Arithmetic: Eight {
-    /// a · b + c of each lane.
-    fn multiply_add(self, a: Self::Numbers, b: Self::Numbers, c: Self::Numbers) -> Self::Numbers;
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl")]
+fn with_avx512<W: Work>(work: W) -> W::Output {
+    work.run(Avx512::new())
+}
 
-    /// What eight halves of [`half::narrow`] stand for.
-    fn widen(self, halves: &[u16; LANES]) -> Self::Numbers;
+/// What the products need beyond [`Vectors`].
+pub(crate) trait Arithmetic: Vectors + Halves<LANES> + Halves<WIDE> {
+    /// Rows of a product whose sums fit into registers: 4 (with 8 columns), 6 (with 16) or 8 (with 32).
+    const ROWS: usize;
+}
+
+/// Weights in half precision.
+pub(crate) trait Halves<const N: usize>: Lanes<N> {
+    /// What halves of [`half::narrow`] stand for.
+    fn widen(self, halves: &[u16; N]) -> Self::Numbers;
+}
+
+impl Arithmetic for Plain {
+    const ROWS: usize = 4;
 }
 
 #[allow(clippy::inline_always)] // see `Work`
-impl Arithmetic for Plain {
-    // One instruction on aarch64, rounded once. Elsewhere two: without one for both, Rust would call a function for each number.
+impl<const N: usize> Halves<N> for Plain {
     #[inline(always)]
-    fn multiply_add(self, a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
-        let mut out = c;
-        for lane in 0..LANES {
-            out[lane] = if cfg!(target_arch = "aarch64") {
-                a[lane].mul_add(b[lane], out[lane])
-            } else {
-                a[lane] * b[lane] + out[lane]
-            };
-        }
-        out
-    }
-
-    #[inline(always)]
-    fn widen(self, halves: &[u16; LANES]) -> [f32; LANES] {
+    fn widen(self, halves: &[u16; N]) -> [f32; N] {
         halves.map(half::widen)
     }
 }

@@ -3,20 +3,22 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use deltamem_core::eight::LANES;
-use deltamem_core::gates::{Gate, l2_normalize};
-use deltamem_core::rule::{self, Room, RuleError, Tokens};
+use deltamem_core::gates::Gate;
+use deltamem_core::lanes::{LANES, Lanes};
+use deltamem_core::rule::{Room, RuleError, Tokens};
 use deltamem_core::{Gates, UpdateMode};
 
+use crate::activation::{l2_normalize, sum_of_squares, tanh};
 use crate::instructions::{Arithmetic, Instructions, Work};
 use crate::panels::{Into, Panels};
+use crate::scan::Scan;
 
 /// Tokens that one task takes where a pool shares the work.
-const TILE: usize = 16;
+const TILE: usize = 24;
 /// Products from which sharing pays for waking other threads.
 const SHARED: usize = 4 << 20;
 /// Rows that are brought, corrected and normed while they lie close to the processor.
-const CLOSE: usize = 4;
+const CLOSE: usize = 8;
 
 /// How weights are kept. Arithmetic is in f32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -479,36 +481,12 @@ impl Layer {
 
     /// From proposals [n, W] to what the rule takes.
     fn activate(&self, proposals: &[f32], steps: &mut Tile<'_>) {
-        let settings = &self.settings;
-        let (width, reads, gates) = (
-            settings.proposal_width(),
-            settings.read_width(),
-            settings.gate_width(),
-        );
-        for (n, proposal) in proposals.chunks_exact(width).enumerate() {
-            let (vectors, logits) = proposal.split_at(3 * reads);
-            let [q, k, v] =
-                [&mut steps.q, &mut steps.k, &mut steps.v].map(|all| &mut all[n * reads..][..reads]);
-            q.copy_from_slice(&vectors[..reads]);
-            k.copy_from_slice(&vectors[reads..2 * reads]);
-            v.copy_from_slice(&vectors[2 * reads..]);
-            if settings.normalize_qk {
-                for x in q.iter_mut().chain(k.iter_mut()) {
-                    *x = x.tanh();
-                }
-                l2_normalize(q, settings.rank);
-                l2_normalize(k, settings.rank);
-            }
-            let [keep, erase, write] = [&mut steps.keep, &mut steps.erase, &mut steps.write]
-                .map(|all| &mut all[n * gates..][..gates]);
-            for g in 0..gates {
-                let lambda = settings
-                    .own_lambda
-                    .then(|| -(logits[gates + g] + self.gate_bias[gates + g]));
-                let gate = Gate::new(settings.mode, logits[g] + self.gate_bias[g], lambda);
-                (keep[g], erase[g], write[g]) = (gate.keep, gate.erase, gate.write);
-            }
-        }
+        self.instructions.run(Activate {
+            settings: &self.settings,
+            gate_bias: &self.gate_bias,
+            proposals,
+            steps,
+        });
     }
 
     fn scan(
@@ -534,8 +512,13 @@ impl Layer {
             write: &steps.write[cut(&steps.write, gate)],
             mask: &steps.mask[from..from + count],
         };
+        let Settings {
+            heads, rank, gates, ..
+        } = self.settings;
         self.instructions.run(Scan {
-            settings: &self.settings,
+            heads,
+            rank,
+            gates,
             tokens: &tokens,
             state,
             reads,
@@ -699,33 +682,56 @@ impl Work for Product<'_> {
     }
 }
 
-struct Scan<'a, 't> {
+struct Activate<'a, 't> {
     settings: &'a Settings,
-    tokens: &'a Tokens<'t>,
-    state: &'a mut [f32],
-    reads: &'a mut [f32],
-    room: &'a mut Room,
+    gate_bias: &'a [f32],
+    proposals: &'a [f32],
+    steps: &'a mut Tile<'t>,
 }
 
-impl Work for Scan<'_, '_> {
-    type Output = Result<(), RuleError>;
+impl Work for Activate<'_, '_> {
+    type Output = ();
 
     #[inline(always)]
     #[allow(clippy::inline_always)] // see `instructions::Work`
-    fn run<A: Arithmetic>(self, arithmetic: A) -> Self::Output {
-        let &Settings {
-            heads, rank, gates, ..
-        } = self.settings;
-        rule::scan_in(
-            arithmetic,
-            self.room,
-            heads,
-            rank,
-            gates,
-            self.tokens,
-            self.state,
-            self.reads,
-        )
+    fn run<A: Arithmetic>(self, arithmetic: A) {
+        let Self {
+            settings,
+            gate_bias,
+            proposals,
+            steps,
+        } = self;
+        let (width, reads, gates) = (
+            settings.proposal_width(),
+            settings.read_width(),
+            settings.gate_width(),
+        );
+        for (n, proposal) in proposals.chunks_exact(width).enumerate() {
+            let (vectors, logits) = proposal.split_at(3 * reads);
+            let own = n * reads..(n + 1) * reads;
+            steps.v[own.clone()].copy_from_slice(&vectors[2 * reads..]);
+            for (all, proposed) in [(&mut *steps.q, 0), (&mut *steps.k, reads)] {
+                let vector = &mut all[own.clone()];
+                vector.copy_from_slice(&vectors[proposed..][..reads]);
+                if settings.normalize_qk {
+                    tanh(arithmetic, vector);
+                    l2_normalize(arithmetic, vector, settings.rank);
+                }
+            }
+            let own = n * gates..(n + 1) * gates;
+            let (keep, erase, write) = (
+                &mut steps.keep[own.clone()],
+                &mut steps.erase[own.clone()],
+                &mut steps.write[own],
+            );
+            for g in 0..gates {
+                let lambda = settings
+                    .own_lambda
+                    .then(|| -(logits[gates + g] + gate_bias[gates + g]));
+                let gate = Gate::new(settings.mode, logits[g] + gate_bias[g], lambda);
+                (keep[g], erase[g], write[g]) = (gate.keep, gate.erase, gate.write);
+            }
+        }
     }
 }
 
@@ -812,16 +818,11 @@ impl Work for Correct<'_> {
 /// x / sqrt(mean(x²) + ε) · weights, in place.
 #[inline(always)]
 #[allow(clippy::inline_always)] // see `instructions::Work`
-fn rms_norm<A: Arithmetic>(arithmetic: A, x: &mut [f32], weights: &[f32], epsilon: f32) {
+fn rms_norm<A: Lanes<LANES>>(arithmetic: A, x: &mut [f32], weights: &[f32], epsilon: f32) {
     let count = x.len() as f32;
-    let (whole, rest) = x.as_chunks_mut::<LANES>();
-    let mut sums = arithmetic.splat(0.0);
-    for eight in &*whole {
-        let eight = arithmetic.load(eight);
-        sums = arithmetic.add(sums, arithmetic.multiply(eight, eight));
-    }
-    let sum = arithmetic.store(sums).iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
+    let sum = sum_of_squares(arithmetic, x);
     let factor = 1.0 / (sum / count + epsilon).sqrt();
+    let (whole, rest) = x.as_chunks_mut::<LANES>();
     let (eights, last) = weights.as_chunks::<LANES>();
     for (x, weights) in whole.iter_mut().zip(eights) {
         let by = arithmetic.multiply(arithmetic.splat(factor), arithmetic.load(weights));

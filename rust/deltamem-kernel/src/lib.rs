@@ -5,15 +5,18 @@
 //! instructions and chosen at run time. It knows no ONNX Runtime, no threads of its own, no model. Its twin, written to be read, is
 //! `deltamem_core::networks`; tests hold the two together.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
+mod activation;
 mod half;
 mod instructions;
 mod layer;
 mod panels;
+mod scan;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use instructions::Instructions;
 pub use layer::{
     Call, Correction, From, HeadNorm, Layer, LayerError, Pool, Scratch, Settings, Spans, Storage, Target,
     Values,
 };
+pub use scan::scan;

@@ -759,3 +759,66 @@ fn what_does_not_fit_is_refused_by_name_and_nothing_is_touched() {
         assert!(state == before && q == vec![7.0; 2 * PACKED], "{error}");
     }
 }
+
+#[test]
+#[ignore = "prints times: cargo test --release -p deltamem-kernel --test rule -- --ignored --nocapture"]
+fn how_fast_layers_are() {
+    for (hidden, rank, gates, tokens) in [
+        (128, 96, Gates::Head, 1),
+        (128, 96, Gates::Head, 128),
+        (1024, 8, Gates::Row, 1),
+        (1024, 8, Gates::Row, 128),
+    ] {
+        let case = Case {
+            settings: Settings {
+                hidden,
+                rank,
+                gates,
+                heads: 1,
+                mode: UpdateMode::Standard,
+                own_lambda: false,
+                normalize_qk: true,
+                storage: Storage::Single,
+            },
+            batch: 1,
+            tokens,
+            salt: 3,
+        };
+        let weights = weights(&case.settings, case.salt);
+        print!("D {hidden}, rank {rank}, {tokens} tokens, µs a token:");
+        for instructions in Instructions::available() {
+            let layer = layer(case.settings, &weights, instructions);
+            let (hidden, mask, mut state) = (case.hidden(), case.mask(), case.state());
+            let (mut packed, source) = case.before();
+            let (mut out, mut scratch) = (source.clone(), Scratch::default());
+            let mut best = f64::MAX;
+            for _ in 0..200 {
+                let began = std::time::Instant::now();
+                let call = Call {
+                    batch: 1,
+                    tokens,
+                    hidden: &hidden,
+                    write_mask: &mask,
+                    state: &mut state,
+                    values: &mut [
+                        Values {
+                            out: &mut packed,
+                            source: None,
+                        },
+                        Values {
+                            out: &mut out,
+                            source: Some(&source),
+                        },
+                    ],
+                    spans: None,
+                };
+                layer
+                    .forward(call, &mut scratch, &Backwards(AtomicUsize::new(0)))
+                    .unwrap();
+                best = best.min(began.elapsed().as_secs_f64());
+            }
+            print!(" {instructions} {:.3}", best * 1e6 / tokens as f64);
+        }
+        println!();
+    }
+}

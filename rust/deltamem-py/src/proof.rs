@@ -1,6 +1,8 @@
 //! The Rust rule as a function of arrays, for the test that holds it against its twins in PyTorch and ONNX, and for whoever wants to
 //! look at the recurrence itself.
 
+use std::borrow::Cow;
+
 use deltamem_core::{Gates, rule};
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
@@ -52,7 +54,6 @@ pub(crate) fn scan<'py>(
     } else {
         Gates::Head
     };
-    let flat = |array: &PyReadonlyArray3<'py, f32>| array.as_array().iter().copied().collect::<Vec<f32>>();
     let mask = mask.map_or_else(|| vec![true; count], |mask| mask.as_array().to_vec());
     let (q, k, v, keep, erase, write) = (
         flat(&q),
@@ -71,12 +72,19 @@ pub(crate) fn scan<'py>(
         write: &write,
         mask: &mask,
     };
-    let mut state = flat(&state);
+    let mut state = flat(&state).into_owned();
     let mut reads = vec![0.0; q.len()];
-    rule::scan(heads, rank, gates, &tokens, &mut state, &mut reads)
+    deltamem_kernel::scan(heads, rank, gates, &tokens, &mut state, &mut reads)
         .map_err(|error| PyValueError::new_err(error.to_string()))?;
     Ok((
         PyArray1::from_vec(py, reads).reshape([count, heads, rank])?,
         PyArray1::from_vec(py, state).reshape([heads, rank, rank])?,
     ))
+}
+
+/// An array's numbers in order, copied only where they do not lie so.
+fn flat<'a>(array: &'a PyReadonlyArray3<'_, f32>) -> Cow<'a, [f32]> {
+    array
+        .as_slice()
+        .map_or_else(|_| array.as_array().iter().copied().collect(), Cow::Borrowed)
 }

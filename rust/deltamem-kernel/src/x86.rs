@@ -1,0 +1,376 @@
+//! Eight or sixteen numbers in registers of AVX2 and of AVX-512. The instructions are named one by one: the extension is linked for size,
+//! and at that level the compiler turns no loop into vectors.
+
+use std::arch::x86_64::{
+    __m128i, __m256, __m256i, __m512, _mm256_add_ps, _mm256_cvtph_ps, _mm256_div_ps, _mm256_fmadd_ps,
+    _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_ps, _mm256_shuffle_ps,
+    _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_ps, _mm512_cvtph_ps, _mm512_div_ps,
+    _mm512_fmadd_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_sub_ps,
+};
+
+use deltamem_core::lanes::{LANES, Lanes, Vectors, WIDE};
+
+use crate::instructions::{Arithmetic, Halves};
+
+/// A processor with AVX2, FMA and F16C: whoever holds one runs on it.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// Only where these instructions are allowed, which Rust checks: a caller that may not use them needs `unsafe` and a reason.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
+}
+
+#[allow(clippy::inline_always)] // see `instructions::Work`
+impl Vectors for Avx2 {
+    const STATE_ROWS: usize = 16;
+    const SQUARES: bool = true;
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m256; LANES]) -> [__m256; LANES] {
+        transpose(self, rows)
+    }
+}
+
+impl Arithmetic for Avx2 {
+    const ROWS: usize = 6;
+}
+
+/// A processor with AVX-512F and AVX-512VL besides: whoever holds one runs on it.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// As [`Avx2::new`].
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl")]
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
+}
+
+#[allow(clippy::inline_always)] // see `instructions::Work`
+impl Vectors for Avx512 {
+    const STATE_ROWS: usize = 64;
+    const SQUARES: bool = true;
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m256; LANES]) -> [__m256; LANES] {
+        transpose(self, rows)
+    }
+}
+
+impl Arithmetic for Avx512 {
+    const ROWS: usize = 8;
+}
+
+/// `$count` numbers in one register of `$set`, and halves in one of half the size.
+macro_rules! registers {
+    ($set:ty, $count:expr, $register:ty, $halves:ty,
+     $splat:ident, $add:ident, $subtract:ident, $multiply:ident, $divide:ident, $lower:ident, $higher:ident, $multiply_add:ident, $widen:ident) => {
+        // SAFETY: of each block below: the processor has the instructions, for only `new` makes `self`, and where they are allowed. Arrays
+        // and registers of the same size hold the same plain numbers, so that one may be taken for the other.
+        #[allow(unsafe_code)]
+        #[allow(clippy::inline_always)] // see `instructions::Work`
+        impl Lanes<{ $count }> for $set {
+            type Numbers = $register;
+
+            #[inline(always)]
+            fn load(self, numbers: &[f32; $count]) -> $register {
+                // SAFETY: see above.
+                unsafe { std::mem::transmute::<[f32; $count], $register>(*numbers) }
+            }
+
+            #[inline(always)]
+            fn store(self, numbers: $register) -> [f32; $count] {
+                // SAFETY: see above.
+                unsafe { std::mem::transmute::<$register, [f32; $count]>(numbers) }
+            }
+
+            #[inline(always)]
+            fn splat(self, x: f32) -> $register {
+                // SAFETY: see above.
+                unsafe { $splat(x) }
+            }
+
+            #[inline(always)]
+            fn add(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $add(a, b) }
+            }
+
+            #[inline(always)]
+            fn subtract(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $subtract(a, b) }
+            }
+
+            #[inline(always)]
+            fn multiply(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $multiply(a, b) }
+            }
+
+            #[inline(always)]
+            fn divide(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $divide(a, b) }
+            }
+
+            #[inline(always)]
+            fn lower(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $lower(a, b) }
+            }
+
+            #[inline(always)]
+            fn higher(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $higher(a, b) }
+            }
+
+            #[inline(always)]
+            fn multiply_add(self, a: $register, b: $register, c: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $multiply_add(a, b, c) }
+            }
+        }
+
+        #[allow(unsafe_code)]
+        #[allow(clippy::inline_always)] // see `instructions::Work`
+        impl Halves<{ $count }> for $set {
+            #[inline(always)]
+            fn widen(self, halves: &[u16; $count]) -> $register {
+                // SAFETY: as above.
+                unsafe { $widen(std::mem::transmute::<[u16; $count], $halves>(*halves)) }
+            }
+        }
+    };
+}
+
+registers!(
+    Avx2,
+    LANES,
+    __m256,
+    __m128i,
+    _mm256_set1_ps,
+    _mm256_add_ps,
+    _mm256_sub_ps,
+    _mm256_mul_ps,
+    _mm256_div_ps,
+    _mm256_min_ps,
+    _mm256_max_ps,
+    _mm256_fmadd_ps,
+    _mm256_cvtph_ps
+);
+registers!(
+    Avx512,
+    LANES,
+    __m256,
+    __m128i,
+    _mm256_set1_ps,
+    _mm256_add_ps,
+    _mm256_sub_ps,
+    _mm256_mul_ps,
+    _mm256_div_ps,
+    _mm256_min_ps,
+    _mm256_max_ps,
+    _mm256_fmadd_ps,
+    _mm256_cvtph_ps
+);
+registers!(
+    Avx512,
+    WIDE,
+    __m512,
+    __m256i,
+    _mm512_set1_ps,
+    _mm512_add_ps,
+    _mm512_sub_ps,
+    _mm512_mul_ps,
+    _mm512_div_ps,
+    _mm512_min_ps,
+    _mm512_max_ps,
+    _mm512_fmadd_ps,
+    _mm512_cvtph_ps
+);
+
+/// Eight registers as rows, made columns. Whoever holds a set with such registers runs on a processor that has them.
+#[allow(unsafe_code)]
+#[allow(clippy::inline_always)] // see `instructions::Work`
+#[inline(always)]
+fn transpose<A: Lanes<LANES, Numbers = __m256>>(_: A, rows: [__m256; LANES]) -> [__m256; LANES] {
+    // SAFETY: the set stands for a processor with AVX.
+    unsafe {
+        // Pairs of rows, then fours, each in the halves of a register that hold the rows' halves; then the halves change places.
+        let mut pairs = [[rows[0]; 2]; 4];
+        for (n, pair) in pairs.iter_mut().enumerate() {
+            let (first, second) = (rows[2 * n], rows[2 * n + 1]);
+            *pair = [
+                _mm256_unpacklo_ps(first, second),
+                _mm256_unpackhi_ps(first, second),
+            ];
+        }
+        let [ab, cd, ef, gh] = pairs;
+        let mut out = rows;
+        for i in 0..2 {
+            let low = [
+                _mm256_shuffle_ps::<0x44>(ab[i], cd[i]),
+                _mm256_shuffle_ps::<0xEE>(ab[i], cd[i]),
+            ];
+            let high = [
+                _mm256_shuffle_ps::<0x44>(ef[i], gh[i]),
+                _mm256_shuffle_ps::<0xEE>(ef[i], gh[i]),
+            ];
+            for j in 0..2 {
+                out[2 * i + j] = _mm256_permute2f128_ps::<0x20>(low[j], high[j]);
+                out[4 + 2 * i + j] = _mm256_permute2f128_ps::<0x31>(low[j], high[j]);
+            }
+        }
+        out
+    }
+}
+
+/// Two registers.
+#[allow(clippy::inline_always)] // see `instructions::Work`
+impl Lanes<WIDE> for Avx2 {
+    type Numbers = [__m256; 2];
+
+    #[inline(always)]
+    fn load(self, numbers: &[f32; WIDE]) -> [__m256; 2] {
+        let (eights, _) = numbers.as_chunks::<LANES>();
+        [
+            Lanes::<LANES>::load(self, &eights[0]),
+            Lanes::<LANES>::load(self, &eights[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn store(self, [low, high]: [__m256; 2]) -> [f32; WIDE] {
+        let mut numbers = [0.0; WIDE];
+        let (eights, _) = numbers.as_chunks_mut::<LANES>();
+        eights[0] = Lanes::<LANES>::store(self, low);
+        eights[1] = Lanes::<LANES>::store(self, high);
+        numbers
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [__m256; 2] {
+        let one = Lanes::<LANES>::splat(self, x);
+        [one, one]
+    }
+
+    #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::add(self, a[0], b[0]),
+            Lanes::<LANES>::add(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn subtract(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::subtract(self, a[0], b[0]),
+            Lanes::<LANES>::subtract(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::multiply(self, a[0], b[0]),
+            Lanes::<LANES>::multiply(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn divide(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::divide(self, a[0], b[0]),
+            Lanes::<LANES>::divide(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn lower(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::lower(self, a[0], b[0]),
+            Lanes::<LANES>::lower(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn higher(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::higher(self, a[0], b[0]),
+            Lanes::<LANES>::higher(self, a[1], b[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        [
+            Lanes::<LANES>::multiply_add(self, a[0], b[0], c[0]),
+            Lanes::<LANES>::multiply_add(self, a[1], b[1], c[1]),
+        ]
+    }
+}
+
+#[allow(clippy::inline_always)] // see `instructions::Work`
+impl Halves<WIDE> for Avx2 {
+    #[inline(always)]
+    fn widen(self, halves: &[u16; WIDE]) -> [__m256; 2] {
+        let (eights, _) = halves.as_chunks::<LANES>();
+        [
+            Halves::<LANES>::widen(self, &eights[0]),
+            Halves::<LANES>::widen(self, &eights[1]),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::half;
+    use crate::instructions::{Instructions, Work};
+
+    /// All halves that are numbers, widened eight and sixteen at a time.
+    struct Widened;
+
+    impl Work for Widened {
+        type Output = [Vec<f32>; 2];
+
+        #[inline(always)]
+        #[allow(clippy::inline_always)]
+        fn run<A: Arithmetic>(self, arithmetic: A) -> [Vec<f32>; 2] {
+            let (mut eights, mut sixteens, halves) = (Vec::new(), Vec::new(), halves());
+            for eight in halves.as_chunks::<LANES>().0 {
+                eights.extend(Lanes::<LANES>::store(arithmetic, arithmetic.widen(eight)));
+            }
+            for sixteen in halves.as_chunks::<WIDE>().0 {
+                sixteens.extend(Lanes::<WIDE>::store(arithmetic, arithmetic.widen(sixteen)));
+            }
+            [eights, sixteens]
+        }
+    }
+
+    fn halves() -> Vec<u16> {
+        (0..=u16::MAX).filter(|half| half & 0x7C00 != 0x7C00).collect()
+    }
+
+    #[test]
+    fn every_half_is_the_same_number_for_every_set() {
+        let wanted: Vec<u32> = halves()
+            .into_iter()
+            .map(|half| half::widen(half).to_bits())
+            .collect();
+        for instructions in Instructions::available() {
+            for found in instructions.run(Widened) {
+                let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
+                assert!(found == wanted, "{instructions}");
+            }
+        }
+    }
+}

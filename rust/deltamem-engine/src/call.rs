@@ -92,7 +92,10 @@ impl<'a> Tensor<'a> {
         if start.checked_add(bytes).is_none_or(|end| end > buffer.len()) {
             return Err(EngineError::Onnx {
                 doing: "describing a tensor",
-                message: format!("{bytes} bytes from {start} on are not in a buffer of {}", buffer.len()),
+                message: format!(
+                    "{bytes} bytes from {start} on are not in a buffer of {}",
+                    buffer.len()
+                ),
             });
         }
         Self::over(
@@ -107,7 +110,9 @@ impl<'a> Tensor<'a> {
 
     /// The same in int32, for what is moved and not looked at.
     pub(crate) fn words(buffer: &'a DeviceBuffer, start: usize, shape: &[usize]) -> Result<Self> {
-        let words = shape.iter().try_fold(WORD, |product, &dim| product.checked_mul(dim));
+        let words = shape
+            .iter()
+            .try_fold(WORD, |product, &dim| product.checked_mul(dim));
         Self::device(
             buffer,
             start,

@@ -129,10 +129,7 @@ impl DeviceMemory {
             .map_err(|error| self.provider.explain(error))?
             .into_raw();
         let address = NonNull::new(block.cast()).ok_or_else(|| {
-            EngineError::Device(format!(
-                "{} gave no memory for {bytes} bytes",
-                self.provider
-            ))
+            EngineError::Device(format!("{} gave no memory for {bytes} bytes", self.provider))
         })?;
         drop(allocator);
         Ok(DeviceBuffer {
@@ -188,7 +185,13 @@ impl DeviceBuffer {
     }
 
     /// Copies `bytes` bytes of another buffer.
-    pub(crate) fn copy(&mut self, start: usize, other: &Self, other_start: usize, bytes: usize) -> Result<()> {
+    pub(crate) fn copy(
+        &mut self,
+        start: usize,
+        other: &Self,
+        other_start: usize,
+        bytes: usize,
+    ) -> Result<()> {
         let shape = [in_whole_words(bytes)?];
         let from = Tensor::words(other, other_start, &shape)?;
         let mut to = Tensor::words(self, start, &shape)?;
@@ -284,9 +287,9 @@ fn opened<'s>(
     if session.is_none() {
         *session = Some(memory.provider.open_small(memory.runtime, &graph())?);
     }
-    session
-        .as_mut()
-        .ok_or_else(|| EngineError::Device("a graph that moves memory is not there; please report this".into()))
+    session.as_mut().ok_or_else(|| {
+        EngineError::Device("a graph that moves memory is not there; please report this".into())
+    })
 }
 
 fn in_whole_words(bytes: usize) -> Result<usize> {

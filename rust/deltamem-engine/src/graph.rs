@@ -387,11 +387,10 @@ impl Graph {
             gates = Tensor::output(wanted, &[batch, count, layers, kinds, width])?;
             call.output(&names.gates, &mut gates);
         }
-        call.run(&mut self.session)
-            .map_err(|error| match model.home() {
-                Some(memory) => memory.provider().explain(error),
-                None => error,
-            })
+        call.run(&mut self.session).map_err(|error| match model.home() {
+            Some(memory) => memory.provider().explain(error),
+            None => error,
+        })
     }
 }
 

@@ -90,11 +90,7 @@ impl KvCache {
 
     /// Bytes that the cache holds.
     pub(crate) fn bytes(&self) -> usize {
-        self.buffers
-            .iter()
-            .chain(&self.presents)
-            .map(Buffer::len)
-            .sum()
+        self.buffers.iter().chain(&self.presents).map(Buffer::len).sum()
     }
 
     /// Makes room for `more` tokens behind the present ones.
@@ -126,7 +122,16 @@ impl KvCache {
         } else {
             (self.len, self.len)
         };
-        let (from, to) = (Groups { start: 0, rows: old_rows }, Groups { start: 0, rows: new_rows });
+        let (from, to) = (
+            Groups {
+                start: 0,
+                rows: old_rows,
+            },
+            Groups {
+                start: 0,
+                rows: new_rows,
+            },
+        );
         let mut grown = Vec::with_capacity(self.buffers.len());
         for old in &self.buffers {
             let mut new = Buffer::zeroed(bytes, &self.home)?;
@@ -232,7 +237,11 @@ impl KvCache {
     pub(crate) fn wipe(&mut self) -> Result<()> {
         let (heads, row, written) = (self.layout.heads, self.row(), self.written);
         // Separate ones have exactly their rows.
-        let rows = if self.layout.shared { self.capacity } else { written };
+        let rows = if self.layout.shared {
+            self.capacity
+        } else {
+            written
+        };
         for buffer in self.buffers.iter_mut().chain(&mut self.presents) {
             buffer.wipe(Groups { start: 0, rows }, heads, written, row)?;
         }

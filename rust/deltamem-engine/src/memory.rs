@@ -282,7 +282,11 @@ pub(crate) enum Gathered<'a> {
 
 impl<'a> Gathered<'a> {
     /// Of rows in the order of a step; `None` is a row that stands for nobody, whose state may be anything and is thrown away.
-    pub(crate) fn of(memory: &Arc<DeviceMemory>, rows: &[Option<&'a State>], elements: usize) -> Result<Self> {
+    pub(crate) fn of(
+        memory: &Arc<DeviceMemory>,
+        rows: &[Option<&'a State>],
+        elements: usize,
+    ) -> Result<Self> {
         let bytes = elements * NUMBER;
         if let Some(lying) = lying(rows, bytes) {
             return Ok(lying);
@@ -345,7 +349,8 @@ fn lying<'a>(rows: &[Option<&'a State>], bytes: usize) -> Option<Gathered<'a>> {
 
 fn not_finite() -> EngineError {
     EngineError::NotFinite(
-        "the new state holds NaN or infinite numbers; check the adapter's weights (deltamem-export inspect)".into(),
+        "the new state holds NaN or infinite numbers; check the adapter's weights (deltamem-export inspect)"
+            .into(),
     )
 }
 

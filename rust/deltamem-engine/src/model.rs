@@ -169,6 +169,7 @@ impl Model {
         match options.device {
             Device::Cpu => Self::on_cpu(runtime, bundle, options, asked("cpu")),
             Device::Cuda(id) => {
+                expect_cuda(runtime).map_err(NoCuda::error)?;
                 let bundle = bundle.on(GraphDevice::Cuda)?;
                 let memory = cuda(runtime, id, options.tf32).map_err(NoCuda::error)?;
                 let placed = asked(&memory.provider().to_string());
@@ -197,11 +198,20 @@ impl Model {
         let found = match cuda(runtime, 0, options.tf32) {
             Ok(memory) => {
                 let placed = Placed {
-                    why: format!("the bundle has a graph for CUDA, and {} answers", memory.provider()),
+                    why: format!(
+                        "the bundle has a graph for CUDA, and {} answers",
+                        memory.provider()
+                    ),
                     failed: false,
                 };
-                Self::placed(runtime, bundle.on(GraphDevice::Cuda)?, options, placed, Some(memory))
-                    .map_err(NoCuda::Failed)
+                Self::placed(
+                    runtime,
+                    bundle.on(GraphDevice::Cuda)?,
+                    options,
+                    placed,
+                    Some(memory),
+                )
+                .map_err(NoCuda::Failed)
             }
             Err(none) => Err(none),
         };

@@ -315,7 +315,12 @@ impl KvPool {
         for index in 0..self.layout.buffers {
             let mut new = Buffer::zeroed(bytes, &self.home)?;
             if let Some(old) = found.buffers.get(index) {
-                for (slot, held) in found.slots.iter().enumerate().filter(|(_, held)| held.written > 0) {
+                for (slot, held) in found
+                    .slots
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, held)| held.written > 0)
+                {
                     let of = |rows: usize| Groups {
                         start: slot * heads * rows * row,
                         rows,
@@ -332,7 +337,11 @@ impl KvPool {
     }
 
     fn wipe(&mut self, place: Place) -> Result<()> {
-        let (row, heads, start) = (self.row(), self.layout.heads, place.slot * self.slot_bytes(place.block));
+        let (row, heads, start) = (
+            self.row(),
+            self.layout.heads,
+            place.slot * self.slot_bytes(place.block),
+        );
         let block = &mut self.blocks[place.block];
         let (rows, used) = (block.capacity, block.slots[place.slot].written);
         for buffer in &mut block.buffers {
@@ -520,7 +529,7 @@ mod tests {
             let (tensors, [_, heads, capacity, _]) = pool.one(key, turn.len).unwrap();
             for (b, tensor) in tensors.into_iter().enumerate() {
                 let KvTensor::Shared(part) = tensor else { panic!() };
-            let bytes = part.host();
+                let bytes = part.host();
                 for head in 0..heads {
                     for row in 0..turn.len {
                         assert_eq!(

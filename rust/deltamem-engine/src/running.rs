@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{EngineError, Result};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
-use crate::memory::{Back, Gathered, NumbersMut, Numbers, Resident, State, held};
+use crate::memory::{Back, Gathered, Numbers, NumbersMut, Resident, State, held};
 use crate::model::Model;
 use crate::pool::{KvPool, Window};
 use crate::schedule::Seat;
@@ -147,30 +147,31 @@ impl Model {
             let Works { graph, pool, .. } = &mut *works;
             let past = chunk.turn.len();
             let turn = chunk.turn.tensors(pool, chunk.tokens.len())?;
-            let done = chunk
-                .present_memory
-                .write(self.home(), self.geometry().elements(), |present_memory| {
-                    let run = Run {
-                        tokens: chunk.tokens,
-                        past: &[past],
-                        write: &[chunk.write],
-                        spans: chunk.spans,
-                        rows: if chunk.all_logits { Rows::All } else { Rows::Last },
-                        past_memory: chunk.past_memory.numbers(),
-                        present_memory,
-                        turn,
-                        strength: chunk.strength,
-                        logits: chunk.logits,
-                        measures: chunk.measures,
-                    };
-                    match measured {
-                        None => graph.run(self, run),
-                        Some(measured) => measured
-                            .lock()
-                            .unwrap_or_else(PoisonError::into_inner)
-                            .run(self, run),
-                    }
-                });
+            let done =
+                chunk
+                    .present_memory
+                    .write(self.home(), self.geometry().elements(), |present_memory| {
+                        let run = Run {
+                            tokens: chunk.tokens,
+                            past: &[past],
+                            write: &[chunk.write],
+                            spans: chunk.spans,
+                            rows: if chunk.all_logits { Rows::All } else { Rows::Last },
+                            past_memory: chunk.past_memory.numbers(),
+                            present_memory,
+                            turn,
+                            strength: chunk.strength,
+                            logits: chunk.logits,
+                            measures: chunk.measures,
+                        };
+                        match measured {
+                            None => graph.run(self, run),
+                            Some(measured) => measured
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .run(self, run),
+                        }
+                    });
             works.clear_released(self);
             done
         })
@@ -286,9 +287,7 @@ impl Model {
                 for state in states {
                     match state {
                         Some(state) => steps.past_memory.extend_from_slice(&state.host()?),
-                        None => steps
-                            .past_memory
-                            .resize(steps.past_memory.len() + numbers, 0.0),
+                        None => steps.past_memory.resize(steps.past_memory.len() + numbers, 0.0),
                     }
                 }
                 steps.present_memory.resize(batch * numbers, 0.0);

@@ -150,7 +150,10 @@ impl MemoryTensor {
         } else {
             "cpu".into()
         };
-        format!("MemoryTensor(shape={:?}, device='{place}')", self.geometry.shape())
+        format!(
+            "MemoryTensor(shape={:?}, device='{place}')",
+            self.geometry.shape()
+        )
     }
 }
 
@@ -171,7 +174,9 @@ fn capsule(
     flags: u64,
     geometry: Geometry,
 ) -> PyResult<Bound<'_, PyAny>> {
-    let shape = geometry.shape().map(|size| i64::try_from(size).unwrap_or(i64::MAX));
+    let shape = geometry
+        .shape()
+        .map(|size| i64::try_from(size).unwrap_or(i64::MAX));
     let [_, b, c, d] = shape;
     let data = match &state {
         State::Host(view) => view.as_ptr().cast_mut().cast(),
@@ -208,7 +213,11 @@ fn capsule(
     // `delete`, which is called once: by the reader that renames the capsule, or by the capsule's destructor when nobody did.
     unsafe {
         (*lent).managed.context = lent.cast();
-        let capsule = ffi::PyCapsule_New((&raw mut (*lent).managed).cast(), VERSIONED.as_ptr(), Some(untaken));
+        let capsule = ffi::PyCapsule_New(
+            (&raw mut (*lent).managed).cast(),
+            VERSIONED.as_ptr(),
+            Some(untaken),
+        );
         if capsule.is_null() {
             drop(Box::from_raw(lent));
             return Err(PyErr::fetch(py));

@@ -147,7 +147,10 @@ impl Model {
         if let Some(failed) = inner.fallback() {
             py.import("logging")?
                 .call_method1("getLogger", ("deltamem_rt",))?
-                .call_method1("warning", ("device='auto' runs on the CPU, because CUDA failed: %s", failed))?;
+                .call_method1(
+                    "warning",
+                    ("device='auto' runs on the CPU, because CUDA failed: %s", failed),
+                )?;
         }
         Ok(Self { inner })
     }

@@ -13,9 +13,9 @@ use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
+use crate::dlpack::MemoryTensor;
 use crate::errors::{detached, named, problem_to_python, store_to_python, to_python};
 use crate::generation::Generation;
-use crate::dlpack::MemoryTensor;
 use crate::geometry::Geometry;
 use crate::health::{self, OnDrift, Report, Watch};
 use crate::history;
@@ -346,8 +346,8 @@ impl Session {
     ///
     /// Parameters
     /// ----------
-    /// tokens : str, sequence of int, or ndarray of int32 or int64 with shape [T]
-    ///     What to read. A contiguous int32 array is used where it lies. Text at the start of a turn gets the special tokens that the
+    /// tokens : str, sequence of int, or array of int32 or int64 with shape [T]
+    ///     What to read. An array is NumPy's, or any other library's by DLPack; a contiguous int32 array on the CPU is used where it lies. Text at the start of a turn gets the special tokens that the
     ///     tokenizer puts at a start.
     /// write : bool
     ///     Whether these tokens may write the memory; False only reads it. In a session that is read-only or frozen none writes.

@@ -4,8 +4,8 @@
 use std::fmt;
 
 use ort::ep;
-use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::Session;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use crate::error::{EngineError, Result};
 use crate::runtime::Runtime;
@@ -131,9 +131,11 @@ pub(crate) fn expect_cuda(runtime: &Runtime) -> std::result::Result<(), NoCuda> 
         ))));
     }
     match std::env::var(VISIBLE) {
-        Ok(visible) if visible.trim().is_empty() || visible.trim() == "-1" => Err(NoCuda::Absent(EngineError::Device(format!(
-            "found {VISIBLE}={visible:?}, which hides every card from this process; unset it or name a card (such as 0), or use device='cpu'"
-        )))),
+        Ok(visible) if visible.trim().is_empty() || visible.trim() == "-1" => {
+            Err(NoCuda::Absent(EngineError::Device(format!(
+                "found {VISIBLE}={visible:?}, which hides every card from this process; unset it or name a card (such as 0), or use device='cpu'"
+            ))))
+        }
         _ => Ok(()),
     }
 }
@@ -141,7 +143,9 @@ pub(crate) fn expect_cuda(runtime: &Runtime) -> std::result::Result<(), NoCuda> 
 /// Whether an error that opening a device gave says that there is no card at all.
 pub(crate) fn no_card(error: EngineError) -> NoCuda {
     match &error {
-        EngineError::Device(said) if said.contains(NO_DRIVER) || said.contains(NO_CARD) => NoCuda::Absent(error),
+        EngineError::Device(said) if said.contains(NO_DRIVER) || said.contains(NO_CARD) => {
+            NoCuda::Absent(error)
+        }
         _ => NoCuda::Failed(error),
     }
 }
@@ -153,19 +157,37 @@ const NO_CARD: &str = "no card that CUDA can use";
 fn meaning(device: &str, doing: &str, message: &str) -> Option<String> {
     let has = |words: &[&str]| words.iter().any(|word| message.contains(word));
     let to_do = if has(&["libcuda.so", "nvcuda.dll"]) {
-        format!("found {NO_DRIVER} (its library libcuda.so.1 cannot be opened), expected one: install the driver of the card, or use device='cpu'")
-    } else if has(&["Failed to load library", "cannot open shared object", "LoadLibrary failed"]) {
+        format!(
+            "found {NO_DRIVER} (its library libcuda.so.1 cannot be opened), expected one: install the driver of the card, or use device='cpu'"
+        )
+    } else if has(&[
+        "Failed to load library",
+        "cannot open shared object",
+        "LoadLibrary failed",
+    ]) {
         "the CUDA provider is there, a library that it needs is not: pip install \"onnxruntime-gpu[cuda,cudnn]\", which brings them, or put \
          those of CUDA and cuDNN on the library path"
             .to_owned()
-    } else if has(&["driver version is insufficient", "CUDA failure 35", "unsupported toolchain", "CUDA failure 222"]) {
+    } else if has(&[
+        "driver version is insufficient",
+        "CUDA failure 35",
+        "unsupported toolchain",
+        "CUDA failure 222",
+    ]) {
         "the NVIDIA driver is too old for the CUDA that this ONNX Runtime was built for; update the driver (nvidia-smi shows both), or install \
          an onnxruntime-gpu for an older CUDA"
             .to_owned()
     } else if has(&["no CUDA-capable device", "CUDA failure 100"]) {
         format!("found {NO_CARD}, expected one: check nvidia-smi and {VISIBLE}, or use device='cpu'")
-    } else if has(&["invalid device ordinal", "CUDA failure 101", "Invalid device ID", "must be between 0 and"]) {
-        format!("this process sees no card of that number; check nvidia-smi and {VISIBLE}, which also numbers the cards from 0 on")
+    } else if has(&[
+        "invalid device ordinal",
+        "CUDA failure 101",
+        "Invalid device ID",
+        "must be between 0 and",
+    ]) {
+        format!(
+            "this process sees no card of that number; check nvidia-smi and {VISIBLE}, which also numbers the cards from 0 on"
+        )
     } else if has(&["no kernel image is available", "CUDA failure 209"]) {
         "this ONNX Runtime was not built for this card; install an onnxruntime-gpu that is".to_owned()
     } else if has(&[
@@ -179,14 +201,22 @@ fn meaning(device: &str, doing: &str, message: &str) -> Option<String> {
         "the card has no memory left for it; what the sessions held before stays, so end turns (their KV caches are freed), use fewer \
          sessions at once, a bundle of lower precision or another card, or see with nvidia-smi who else holds memory"
             .to_owned()
-    } else if has(&["CUDA failure", "CUDA error", "CUBLAS failure", "CUDNN failure", "cudaError"]) {
+    } else if has(&[
+        "CUDA failure",
+        "CUDA error",
+        "CUBLAS failure",
+        "CUDNN failure",
+        "cudaError",
+    ]) {
         "the card failed, and what lay on it may be lost; snapshots and commits are not, they are on the host. Restart this process, or load \
          with device='cpu', and take up the last commit"
             .to_owned()
     } else {
         return None;
     };
-    Some(format!("{device} while {doing}: {to_do}. ONNX Runtime says: {message}"))
+    Some(format!(
+        "{device} while {doing}: {to_do}. ONNX Runtime says: {message}"
+    ))
 }
 
 #[cfg(test)]
@@ -215,14 +245,23 @@ mod tests {
                 "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; GPU=-1",
                 "update the driver",
             ),
-            ("CUDA failure 100: no CUDA-capable device is detected", "check nvidia-smi and CUDA_VISIBLE_DEVICES"),
-            ("CUDA failure 101: invalid device ordinal", "no card of that number"),
+            (
+                "CUDA failure 100: no CUDA-capable device is detected",
+                "check nvidia-smi and CUDA_VISIBLE_DEVICES",
+            ),
+            (
+                "CUDA failure 101: invalid device ordinal",
+                "no card of that number",
+            ),
             (
                 "bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 1073741824",
                 "end turns",
             ),
             ("CUDA failure 2: out of memory", "end turns"),
-            ("CUDA failure 719: unspecified launch failure", "Restart this process"),
+            (
+                "CUDA failure 719: unspecified launch failure",
+                "Restart this process",
+            ),
         ] {
             let EngineError::Device(text) = said(message) else {
                 panic!("{message} is no error of the device");
@@ -230,7 +269,10 @@ mod tests {
             assert!(text.starts_with("cuda:1 while running the graph: "), "{text}");
             assert!(text.contains(expected) && text.ends_with(message), "{text}");
         }
-        assert!(matches!(said("Non-zero status code while running Add"), EngineError::Onnx { .. }));
+        assert!(matches!(
+            said("Non-zero status code while running Add"),
+            EngineError::Onnx { .. }
+        ));
         let on_host = Provider::Host.explain(EngineError::Onnx {
             doing: "x",
             message: "out of memory".into(),
@@ -247,8 +289,14 @@ mod tests {
                 message: message.into(),
             }))
         };
-        assert!(matches!(of("libcuda.so.1: cannot open shared object file"), NoCuda::Absent(_)));
-        assert!(matches!(of("CUDA failure 100: no CUDA-capable device is detected"), NoCuda::Absent(_)));
+        assert!(matches!(
+            of("libcuda.so.1: cannot open shared object file"),
+            NoCuda::Absent(_)
+        ));
+        assert!(matches!(
+            of("CUDA failure 100: no CUDA-capable device is detected"),
+            NoCuda::Absent(_)
+        ));
         for message in [
             "libcudnn.so.9: cannot open shared object file",
             "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version",

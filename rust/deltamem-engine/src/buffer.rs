@@ -137,8 +137,8 @@ impl Buffer {
                 from.start,
                 Rows {
                     groups: count,
-                    from_rows: from.rows,
-                    to_rows: to.rows,
+                    from: from.rows,
+                    to: to.rows,
                     used,
                     row,
                 },

@@ -55,12 +55,13 @@ unsafe impl Send for DeviceBuffer {}
 unsafe impl Sync for DeviceBuffer {}
 
 /// Rows of groups that lie one behind the other, [groups, rows, row], of which the first `used` of each group are moved into groups of
-/// `to_rows` rows; the rows behind them become zero.
+/// `to` rows; the rows behind them become zero.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rows {
     pub(crate) groups: usize,
-    pub(crate) from_rows: usize,
-    pub(crate) to_rows: usize,
+    /// Rows of a group where they come from, and where they go.
+    pub(crate) from: usize,
+    pub(crate) to: usize,
     pub(crate) used: usize,
     /// Bytes of one row.
     pub(crate) row: usize,
@@ -232,8 +233,8 @@ impl DeviceBuffer {
     pub(crate) fn rows(&mut self, start: usize, other: &Self, other_start: usize, rows: Rows) -> Result<()> {
         let Rows {
             groups,
-            from_rows,
-            to_rows,
+            from: from_rows,
+            to: to_rows,
             used,
             row,
         } = rows;

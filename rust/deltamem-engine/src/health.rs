@@ -38,7 +38,7 @@ impl Session {
     /// # Errors
     /// As [`Session::memory`].
     pub fn figures(&self) -> Result<Figures> {
-        Ok(Figures::of(self.geometry(), &*self.memory()?))
+        Ok(Figures::of(self.geometry(), &self.memory()?))
     }
 
     /// Reads the last tokens once more, in a turn of their own that writes nothing, and measures what the memory as it is does there. `None`

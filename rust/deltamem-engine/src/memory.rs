@@ -307,7 +307,10 @@ impl<'a> Gathered<'a> {
                         }
                         _ => false,
                     };
-                    let count = (1..).take_while(|&behind| follows(behind)).count() + 1;
+                    let behind = (1..rows.len() - row)
+                        .take_while(|&behind| follows(behind))
+                        .count();
+                    let count = 1 + behind;
                     brought.copy(start, buffer, first, count * bytes)?;
                     row += count - 1;
                 }

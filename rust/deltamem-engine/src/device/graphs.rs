@@ -70,7 +70,7 @@ fn zeros(to: &str) -> Vec<u8> {
     node("ConstantOfShape", &["size"], to, &[attribute])
 }
 
-/// A ModelProto.
+/// A `ModelProto`.
 fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &[u8]) -> Vec<u8> {
     let mut graph = Vec::new();
     for node in nodes {
@@ -92,7 +92,7 @@ fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &
     model
 }
 
-/// A NodeProto, named for its output.
+/// A `NodeProto`, named for its output.
 fn node(operator: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
     let mut node = Vec::new();
     for input in inputs {
@@ -107,7 +107,7 @@ fn node(operator: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -
     node
 }
 
-/// An AttributeProto with an integer.
+/// An `AttributeProto` with an integer.
 fn integer(name: &str, value: u64) -> Vec<u8> {
     let mut attribute = text(1, name);
     attribute.extend(number(3, value));
@@ -115,7 +115,7 @@ fn integer(name: &str, value: u64) -> Vec<u8> {
     attribute
 }
 
-/// A TensorProto of shape [1]; `field` is where a number of that type stands.
+/// A `TensorProto` of shape [1]; `field` is where a number of that type stands.
 fn tensor(name: &str, element: u64, field: u64, value: u64) -> Vec<u8> {
     let mut tensor = number(1, 1);
     tensor.extend(number(2, element));
@@ -124,7 +124,7 @@ fn tensor(name: &str, element: u64, field: u64, value: u64) -> Vec<u8> {
     tensor
 }
 
-/// A ValueInfoProto; a dimension is a number or a name.
+/// A `ValueInfoProto`; a dimension is a number or a name.
 fn value(name: &str, element: u64, shape: &[&str]) -> Vec<u8> {
     let mut dimensions = Vec::new();
     for dimension in shape {

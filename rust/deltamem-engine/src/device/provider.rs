@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use ort::ep;
+use ort::ep::{self, ArenaExtendStrategy};
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
@@ -71,6 +71,10 @@ impl Provider {
     /// # Errors
     /// [`EngineError::Device`] when the provider's library cannot be opened.
     pub(crate) fn register(self, builder: SessionBuilder) -> Result<SessionBuilder> {
+        self.register_with(builder, ArenaExtendStrategy::NextPowerOfTwo)
+    }
+
+    fn register_with(self, builder: SessionBuilder, arena: ArenaExtendStrategy) -> Result<SessionBuilder> {
         let Self::Cuda { id, tf32 } = self else {
             return Ok(builder);
         };
@@ -78,6 +82,7 @@ impl Provider {
         let cuda = ep::CUDA::default()
             .with_device_id(id)
             .with_tf32(tf32)
+            .with_arena_extend_strategy(arena)
             .with_conv_algorithm_search(ep::cuda::ConvAlgorithmSearch::Heuristic);
         builder
             .with_execution_providers([cuda.build().error_on_failure()])
@@ -96,7 +101,8 @@ impl Provider {
             // Each runs one operator.
             .with_intra_threads(1)
             .map_err(EngineError::onnx("preparing a session"))?;
-        self.register(builder)?
+        // These hold the KV caches, which grow by doubling: a pool that doubles as well would take twice what they need.
+        self.register_with(builder, ArenaExtendStrategy::SameAsRequested)?
             .commit_from_memory(graph)
             .map_err(EngineError::onnx("opening the device"))
             .map_err(|error| self.explain(error))

@@ -65,7 +65,7 @@ def check_layers(backbone: Backbone, graph: Path, precision: Precision, find: Fi
         ExportError: a piece differs by more than the tolerance, and which; or the graph cannot be cut.
     """
     model = load_graph(graph, precision)
-    worst, total, count, tolerance = 0.0, 0.0, 0, TOLERANCES[precision.name]
+    worst, total, count, tolerance = 0.0, 0.0, 0, TOLERANCES[precision.arithmetic]
     tokens = _length(backbone)
     for piece in _pieces(model.graph, len(_stack(backbone.model)), find):
         rows = tokens if piece.end else _HEAD_TOKENS

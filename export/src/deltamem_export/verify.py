@@ -57,7 +57,7 @@ from deltamem_export.text import copy_text, text_digest
 from deltamem_export.weights import FAR, distances, weights_of
 
 # States are float32 whatever the precision; what reaches them is not. Relative to 1, or to the largest state.
-STATE_TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-5, "int8": 1e-5, "int4": 1e-5}
+STATE_TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-5}
 # The fused graph beside the portable one, in the runtime: the same in float32; over weights in blocks the memory's own are in 16 bits.
 # Logits and states, relative as above.
 _FUSED = {"fp32": (1e-4, 1e-5), "int8": (2e-2, 5e-3), "int4": (2e-2, 5e-3)}
@@ -263,7 +263,7 @@ def verify(
     got, inside = _bundle(graph, precision, sizes, turns, layers, say)
 
     logits, states = _judge(want, got, precision)
-    if not (logits.good and states.good) and logits.doubtful and states.doubtful and precision.name != "fp16":
+    if not (logits.good and states.good) and logits.doubtful and states.doubtful and precision.arithmetic != "fp16":
         exact = _exact(backbone, reference, say)
         if exact is None:
             notes.append(
@@ -284,7 +284,7 @@ def verify(
         differences.add(expected, values)
     first = None
     if not (logits.good and states.good) or wrong:
-        at = differences.first(TOLERANCES[precision.name] / LARGE)
+        at = differences.first(TOLERANCES[precision.arithmetic] / LARGE)
         first = "; ".join(wrong) or (differences.where(at.place) if at else "no place inside; only the sum is over")
     fused = None
     if found["graph"].get("fused_file") is not None:
@@ -640,7 +640,7 @@ def _judge(
     found = Differences()
     for expected, values in zip(want, got, strict=True):
         found.add({p: v for p, v in expected.items() if p.what in (LOGITS, STATE)}, values)
-    limits = TOLERANCES[precision.name], STATE_TOLERANCES[precision.name]
+    limits = TOLERANCES[precision.arithmetic], STATE_TOLERANCES[precision.arithmetic]
     states = [_apart(d, limits[1], 1.0) for place, d in found.places.items() if place.what == STATE]
     return _apart(found.places[_LOGITS], limits[0], LARGE), _worst(states)
 

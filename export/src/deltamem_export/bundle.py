@@ -264,12 +264,14 @@ def add_to(
     Raises:
         ExportError: as `make_graph`.
     """
-    graphs = [found["graph"], *found.get("graphs", [])]
+    graphs = manifest.graphs(found)
     stem = f"model.{precision.device}"
     twin = found["graph"] if precision.name == "fp16" and found["precision"] == "fp16" else None
     if twin is not None:
         say(f"the graph in fp16 is the one for {twin.get('device', 'cpu')}, which has operators for both")
         entry, checked = {**twin, "device": precision.device}, found["check"]
+        entry["files"] = sorted({twin["file"], f"{twin['file']}.data", twin["measured_file"]})
+        entry["not_checked"] = _not_checked(precision, checked) if precision.device == "cuda" else None
     else:
         made = make_graph(body, memory, layers, precision, work, bundle, stem, check, text, None, None, say)
         entry, checked = made.section, asdict(made.check) if made.check is not None else None
@@ -291,10 +293,7 @@ def add_to(
         entry |= {"fused_file": entry.get("fused_file"), "not_fused": not_fused}
     own = {"precision": precision.name, "precision_setting": precision.setting, "check": checked}
     if precision.device == "cpu":
-        # Missing in bundles of older exporters.
-        old = {"device": Precision(found["precision"]).device, **found["graph"]}
-        old |= {name: found.get(name) for name in own}
-        found |= own | {"graph": entry, "graphs": [old, *found.get("graphs", [])]}
+        found |= {"graphs": manifest.graphs(found), "graph": entry} | own
     else:
         found["graphs"] = [*found.get("graphs", []), {**entry, **own}]
     found["files"] = dict(
@@ -302,7 +301,65 @@ def add_to(
     )
 
 
-def _not_checked(precision: Precision, checked: Check | None) -> str:
+def add_graph(
+    bundle: str | os.PathLike[str],
+    backbone: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Adapter,
+    precision: Precision | str | Sequence[Precision | str],
+    *,
+    check: bool | str = True,
+    say: Say | None = None,
+) -> Path:
+    """Adds graphs for further devices to an exported bundle, which is replaced whole or not at all. Its fingerprint and its memories stay.
+
+    Args:
+        bundle: the bundle's directory.
+        backbone, adapter: what it was made from.
+        precision: as for `export_bundle`.
+        check: as for `export_bundle`.
+        say: as for `export_bundle`.
+
+    Raises:
+        FileNotFoundError: there is no bundle, or a folder that must be there is not.
+        ExportError, AdapterError: the bundle has a graph for that device, or was made from something else.
+    """
+    from deltamem_export.verify import strangers
+
+    say = say or say_on_stderr()
+    target = Path(os.path.abspath(bundle))
+    wanted = in_order(precision)
+    _refuse_devices(target, manifest.read(target), wanted)
+    with remade(target) as (new, found):
+        with tempfile.TemporaryDirectory(dir=new.parent) as scratch:
+            for number, one in enumerate(wanted):
+                say(f"reading {backbone}")
+                body = Backbone.load(backbone)
+                memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+                layers = memory.check_backbone(body.shapes)
+                others = strangers(target, found, body, memory, layers)
+                if others:
+                    raise ExportError(
+                        f"{target}: was made from something else, so its memories would not fit: {'; '.join(others)}"
+                    )
+                text = manifest.text_of(found)
+                add_to(found, new, body, memory, layers, one, Path(scratch) / str(number), check, text, say)
+        _refuse_strangers(new, set(found["files"]))
+    say(f"wrote {target}")
+    return target
+
+
+def _refuse_devices(target: Path, found: Mapping[str, Any], wanted: Sequence[Precision]) -> None:
+    there = manifest.graphs(found)
+    for precision in wanted:
+        old = next((graph for graph in there if graph["device"] == precision.device), None)
+        if old is not None:
+            raise ExportError(
+                f"{target}: has a graph for {precision.device} ({old['precision_setting']}); choose another --device, or export a bundle "
+                "of its own with --out"
+            )
+
+
+def _not_checked(precision: Precision, checked: Mapping[str, Any] | Check | None) -> str:
     """What of a graph for CUDA was not compared, in words."""
     if checked is None:
         return "exported with --no-check"

@@ -52,7 +52,9 @@ def check_island(path: Path) -> Inventory:
     graph = model.graph
     for value in (*graph.inputs, *graph.outputs):
         if name_of(value) in _ALWAYS_FLOAT and value.dtype != _FLOAT:
-            raise ExportError(f"{path.name}: {value.name} is {value.dtype}, expected FLOAT: the memory's island is in float32")
+            raise ExportError(
+                f"{path.name}: {value.name} is {value.dtype}, expected FLOAT: the memory's island is in float32"
+            )
 
     types = {value: value.dtype for value in (*graph.inputs, *graph.initializers.values())}
     nodes: dict[str, int] = {}
@@ -71,11 +73,14 @@ def check_island(path: Path) -> Inventory:
             if node.op_type == "Cast":
                 (casts_in if made == _FLOAT else casts_out).append(name)
                 if not _at_the_edge(node, made):
-                    raise ExportError(f"{path.name}: {name} is a cast inside the island, expected casts at its edge only")
-            elif given - {_FLOAT}:
-                # What is measured of a projection is cut out of it first and cast then.
-                if not (node.op_type == "Slice" and name.startswith(f"{_PREFIX}energy/")):
-                    raise ExportError(f"{path.name}: {name} takes {_said(given)}, expected FLOAT inside the memory's island")
+                    raise ExportError(
+                        f"{path.name}: {name} is a cast inside the island, expected casts at its edge only"
+                    )
+            # What is measured of a projection is cut out of it first and cast then.
+            elif given - {_FLOAT} and not (node.op_type == "Slice" and name.startswith(f"{_PREFIX}energy/")):
+                raise ExportError(
+                    f"{path.name}: {name} takes {_said(given)}, expected FLOAT inside the memory's island"
+                )
         for value in node.outputs:
             types[value] = value.dtype or made
     return Inventory(nodes, tuple(casts_in), tuple(casts_out))

@@ -70,7 +70,9 @@ class Precision:
         if self.device not in DEVICES:
             raise ExportError(f"the device is {self.device!r}, expected {' or '.join(DEVICES)}")
         if self.name == "bf16" and self.device == "cpu":
-            raise ExportError("ONNX Runtime's CPU cannot compute bf16; choose fp32, fp16 or int4 for it, or --device cuda")
+            raise ExportError(
+                "ONNX Runtime's CPU cannot compute bf16; choose fp32, fp16 or int4 for it, or --device cuda"
+            )
         if self.kv == "int8" and self.device == "cuda" and self.name != "bf16":
             raise ExportError("a KV cache in 8 bits is for the CPU; on CUDA it is in 16 bits: leave --kv at float")
         if self.kv == "int8" and self.name == "bf16":

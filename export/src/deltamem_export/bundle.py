@@ -33,6 +33,7 @@ from deltamem_export.graft import graft
 from deltamem_export.inventory import check_island
 from deltamem_export.kv import quantise_kv, sample_ids
 from deltamem_export.mapping import GraphMapping, bring
+from deltamem_export.plain import spell_out
 from deltamem_export.precision import Precision
 from deltamem_export.sizes import estimate, refuse_too_large
 from deltamem_export.structure import find_attentions
@@ -212,15 +213,25 @@ def make_graph(
     else:
         say(f"taking in {onnx}")
         built, find = bring(Path(onnx), work, body.model, mapping or GraphMapping())
+    # CUDA's GroupQueryAttention takes 16 bits alone.
+    plain = precision.device == "cuda" and precision.arithmetic == "fp32"
     checked = None
     if check:
         method, why = choose_method(body, built, precision) if check is True else (str(check), "as asked for")
         say(f"comparing the built graph with transformers ({method}: {why})")
-        checked = check_graph(body, built, precision, method, find)
+        compared = built
+        if plain and method == "whole":  # one layer at a time is compared before it is spelled out
+            compared = built.with_name("plain.onnx")
+            spell_out(built, compared)
+        checked = check_graph(body, compared, precision, method, find)
         say(f"they differ by {checked.max_abs_diff:.2g} at most (tolerance {checked.tolerance:.2g})")
     say(f"grafting the memory onto {len(layers)} layers")
     graph, measured = bundle / f"{stem}.onnx", bundle / f"{stem}.measured.onnx"
     facts = graft(built, graph, memory, layers, body.geometry.head_dim, measured, find)
+    if plain:
+        for path in (graph, measured):
+            spell_out(path, path)
+        facts = replace(facts, shared_kv=False)
     not_checked = None
     if precision.device == "cuda":
         check_island(graph)
@@ -363,6 +374,8 @@ def _not_checked(precision: Precision, checked: Mapping[str, Any] | Check | None
     """What of a graph for CUDA was not compared, in words."""
     if checked is None:
         return "exported with --no-check"
+    if precision.name == "fp32" and (checked["method"] if isinstance(checked, Mapping) else checked.method) == "layers":
+        return "compared on the CPU with GroupQueryAttention: its form in standard operators was not, nor were CUDA's operators run"
     if precision.name == "bf16":
         return "compared on the CPU, widened to float32: neither 16-bit arithmetic nor CUDA's operators were run"
     return "compared on the CPU: CUDA's operators were not run"

@@ -78,7 +78,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         action="append",
         choices=("fp32", "fp16", "bf16", "int8", "int4"),
         help="of the backbone; the memory is float32; once, or once for each --device in their order. On CUDA fp16, bf16, or int4 and "
-        "int8 with fp16 arithmetic; bf16 runs on CUDA only (default fp32)",
+        "int8 with fp16 arithmetic; fp32 there is exact and slow; bf16 runs on CUDA only (default: fp32 for the CPU, fp16 for CUDA)",
     )
     _add_sealing(bundle)
     bundle.add_argument(
@@ -299,8 +299,8 @@ def _precisions(args: argparse.Namespace) -> list[Any]:
     """A precision for each device that was asked for. Options for blocks go to those that have blocks, as long as one has."""
     from deltamem_export.precision import QUANTISED, Precision
 
-    names = args.precision or ["fp32"]
     devices = args.device or [""]
+    names = args.precision or ["fp16" if device == "cuda" else "fp32" for device in devices]
     if len(names) not in (1, len(devices)):
         raise ExportError(
             f"{len(names)} times --precision for {len(devices)} times --device; give it once, or once for each device in their order"

@@ -219,9 +219,8 @@ def make_graph(
     if check:
         method, why = choose_method(body, built, precision) if check is True else (str(check), "as asked for")
         say(f"comparing the built graph with transformers ({method}: {why})")
-        compared = built
-        if plain and method == "whole":  # one layer at a time is compared before it is spelled out
-            compared = built.with_name("plain.onnx")
+        compared = built.with_name("plain.onnx") if plain else built
+        if plain:
             spell_out(built, compared)
         checked = check_graph(body, compared, precision, method, find)
         say(f"they differ by {checked.max_abs_diff:.2g} at most (tolerance {checked.tolerance:.2g})")
@@ -374,8 +373,6 @@ def _not_checked(precision: Precision, checked: Mapping[str, Any] | Check | None
     """What of a graph for CUDA was not compared, in words."""
     if checked is None:
         return "exported with --no-check"
-    if precision.name == "fp32" and (checked["method"] if isinstance(checked, Mapping) else checked.method) == "layers":
-        return "compared on the CPU with GroupQueryAttention: its form in standard operators was not, nor were CUDA's operators run"
     if precision.name == "bf16":
         return "compared on the CPU, widened to float32: neither 16-bit arithmetic nor CUDA's operators were run"
     return "compared on the CPU: CUDA's operators were not run"

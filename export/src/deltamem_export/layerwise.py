@@ -101,7 +101,7 @@ def _hidden(tokens: int, width: int, precision: Precision) -> Float32:
     rng = np.random.default_rng(1)
     sizes = rng.permutation(np.geomspace(1e-3, 10.0, tokens))[:, None]
     vectors = (rng.standard_normal((tokens, width)) * sizes).astype(np.float32)
-    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision.name)
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision.arithmetic)
     found: Float32 = vectors if kind is None else torch.from_numpy(vectors).to(kind).float().numpy()
     return found
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from deltamem_export.errors import ExportError
 from deltamem_export.fused import remove_unused
 from deltamem_export.nodes import Nodes, int_attribute
+from deltamem_export.structure import PLAIN
 
 # What is added where nothing may be seen. Every token sees itself, so no row is all of these.
 _UNSEEN = -1e30
@@ -35,7 +36,7 @@ def spell_out(source: Path, target: Path) -> None:
     graph = model.graph
     attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
     if attentions:
-        shared = _Shared(graph, attentions[0])
+        shared = _Shared(graph)
         for node in attentions:
             _spell_out(graph, node, shared)
         graph.sort()
@@ -48,15 +49,15 @@ def spell_out(source: Path, target: Path) -> None:
 class _Shared:
     """What all layers have in common: where the tokens stand, and which keys each may see."""
 
-    def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
-        """first: the first attention, whose past and tokens have the lengths of all."""
+    def __init__(self, graph: ir.Graph) -> None:
         nodes = self.nodes = Nodes(graph, "/model/plain")
-        past, query = first.inputs[3], first.inputs[0]
-        assert past is not None
-        assert query is not None
-        self.past = nodes("Shape", past, name="past", start=2, end=3)  # [1]: P
-        new = nodes("Shape", query, name="new", start=1, end=2)  # [1]: T
-        total = nodes("Add", self.past, new, name="total")
+        inputs = {v.name: v for v in graph.inputs}
+        if "input_ids" not in inputs or "attention_mask" not in inputs:
+            raise ExportError("the graph has no input_ids and attention_mask, which say how many tokens there are")
+        # [1] each: T, P + T, P.
+        new = nodes("Shape", inputs["input_ids"], name="new", start=1, end=2)
+        total = nodes("Shape", inputs["attention_mask"], name="total", start=1, end=2)
+        self.past = nodes("Sub", total, new, name="past")
         zero, one = (nodes("Squeeze", nodes.ints([n]), name=f"number/{n}") for n in (0, 1))
         ends = [nodes("Squeeze", value, name=f"end/{n}") for n, value in enumerate((self.past, total))]
         rows = nodes("Range", ends[0], ends[1], one, name="rows/Range")
@@ -81,7 +82,7 @@ class _Shared:
 
 
 def _spell_out(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
-    nodes = Nodes(graph, f"{str(node.name).rpartition('/')[0]}/plain")
+    nodes = Nodes(graph, f"{str(node.name).rpartition('/')[0]}{PLAIN}")
     heads, kv_heads = int_attribute(node, "num_heads"), int_attribute(node, "kv_num_heads")
     given = [*node.inputs, *[None] * (_SINK + 1 - len(node.inputs))]
     query, key, value, past_key, past_value, _, _, cos, sin, *more = given[: _SINK + 1]

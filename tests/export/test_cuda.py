@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 import deltamem_rt as dm
+from deltamem_export import bundle as bundling
 from deltamem_export import manifest
 from deltamem_export.backbone import Backbone
 from deltamem_export.builder import build
@@ -273,6 +274,26 @@ def test_an_island_that_is_not_float32_is_found(two_graphs, tmp_path: Path, faul
     words = {"memory": "past_memory is", "there and back": "a cast inside", "no cast": "edge is missing"}
     with pytest.raises(ExportError, match=words.get(fault, "inside the memory's island")):
         check_island(tmp_path / "model.cuda.onnx")
+
+
+def test_a_graph_that_the_cpu_cannot_run_says_that_it_was_not_compared(
+    case: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """A stand-in for a kernel that the CPU has not: onnxruntime's own error in the comparison."""
+
+    def none(*_: object) -> None:
+        raise bundling.NoKernel("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no kernel for QMoE")
+
+    monkeypatch.setattr(bundling, "check_graph", none)
+    bundle = export(case, tmp_path / "bundle", Precision("fp16", device="cuda"))
+    found = manifest.read(bundle)
+    assert found["check"] is None
+    assert "no kernel for QMoE" in found["graph"]["not_checked"]
+    assert main(["inspect", str(bundle)]) == 0
+    assert "no: the CPU cannot run it" in capsys.readouterr().out
+    assert talk(bundle)[1].any(), "today's runtime reads the manifest"
+    with pytest.raises(ExportError, match=r"the CPU cannot run the built graph.*no kernel for QMoE"):
+        export(case, tmp_path / "other", "fp32")
 
 
 # ---------------------------------------------------------------------- the decoder

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from deltamem_export import manifest
 from deltamem_export.adapter import Adapter
@@ -26,7 +27,7 @@ from deltamem_export.builder import build
 from deltamem_export.calibration import Stream, learn
 from deltamem_export.check import Check, choose_method, free_memory
 from deltamem_export.check import check as check_graph
-from deltamem_export.errors import ExportError
+from deltamem_export.errors import ExportError, first_line
 from deltamem_export.external import link, share_weights
 from deltamem_export.fused import FUSED_FILE, fuse
 from deltamem_export.graft import graft
@@ -35,8 +36,8 @@ from deltamem_export.kv import quantise_kv, sample_ids
 from deltamem_export.mapping import GraphMapping, bring
 from deltamem_export.plain import spell_out
 from deltamem_export.precision import Precision
-from deltamem_export.sizes import estimate, refuse_too_large
-from deltamem_export.structure import find_attentions
+from deltamem_export.sizes import Needs, estimate, refuse_too_large
+from deltamem_export.structure import FindAttentions, find_attentions
 from deltamem_export.text import Text, copy_text, text_digest
 
 NOT_ON_CUDA = "it is for CUDA, and the fused operator runs on the processor"
@@ -92,9 +93,7 @@ def export_bundle(
     _refuse_existing(target, force)
 
     folder = Path(backbone)
-    if (folder / "config.json").is_file():
-        needs = estimate(folder, read_config(folder, any_family=onnx is not None), first, bool(check))
-        say(refuse_too_large(needs, free_memory(), target, f"{folder} at {first.setting}"))
+    _refuse_too_large(folder, [first, *further], target, onnx is not None, bool(check), say)
     say(f"reading {backbone}")
     body = Backbone.load(backbone, any_family=onnx is not None)
     memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
@@ -209,21 +208,29 @@ def make_graph(
     """
     if onnx is None:
         say(f"building the decoder ({precision.setting} for {precision.device})")
-        built, find = build(body, work, precision, say), find_attentions
+        find: FindAttentions = find_attentions
+        built = build(body, work, precision, say)
     else:
         say(f"taking in {onnx}")
         built, find = bring(Path(onnx), work, body.model, mapping or GraphMapping())
     # CUDA's GroupQueryAttention takes 16 bits alone.
     plain = precision.device == "cuda" and precision.arithmetic == "fp32"
-    checked = None
+    checked, unable = None, None
     if check:
         method, why = choose_method(body, built, precision) if check is True else (str(check), "as asked for")
         say(f"comparing the built graph with transformers ({method}: {why})")
         compared = built.with_name("plain.onnx") if plain else built
         if plain:
             spell_out(built, compared)
-        checked = check_graph(body, compared, precision, method, find)
-        say(f"they differ by {checked.max_abs_diff:.2g} at most (tolerance {checked.tolerance:.2g})")
+        try:
+            checked = check_graph(body, compared, precision, method, find)
+            say(f"they differ by {checked.max_abs_diff:.2g} at most (tolerance {checked.tolerance:.2g})")
+        except NoKernel as error:
+            if precision.device == "cpu":
+                raise ExportError(
+                    f"{body.directory}: the CPU cannot run the built graph ({first_line(error)})"
+                ) from error
+            unable = first_line(error)
     say(f"grafting the memory onto {len(layers)} layers")
     graph, measured = bundle / f"{stem}.onnx", bundle / f"{stem}.measured.onnx"
     facts = graft(built, graph, memory, layers, body.geometry.head_dim, measured, find)
@@ -235,7 +242,7 @@ def make_graph(
     if precision.device == "cuda":
         check_island(graph)
         check_island(measured)
-        not_checked = _not_checked(precision, checked)
+        not_checked = _not_checked(precision, checked is not None, unable)
         say(not_checked)
     setting = precision.setting
     if precision.kv == "int8":
@@ -281,7 +288,7 @@ def add_to(
         say(f"the graph in fp16 is the one for {twin.get('device', 'cpu')}, which has operators for both")
         entry, checked = {**twin, "device": precision.device}, found["check"]
         entry["files"] = sorted({twin["file"], f"{twin['file']}.data", twin["measured_file"]})
-        entry["not_checked"] = _not_checked(precision, checked) if precision.device == "cuda" else None
+        entry["not_checked"] = _not_checked(precision, checked is not None) if precision.device == "cuda" else None
     else:
         made = make_graph(body, memory, layers, precision, work, bundle, stem, check, text, None, None, say)
         entry, checked = made.section, asdict(made.check) if made.check is not None else None
@@ -339,6 +346,7 @@ def add_graph(
     target = Path(os.path.abspath(bundle))
     wanted = in_order(precision)
     _refuse_devices(target, manifest.read(target), wanted)
+    _refuse_too_large(Path(backbone), wanted, target, False, bool(check), say)
     with remade(target) as (new, found):
         with tempfile.TemporaryDirectory(dir=new.parent) as scratch:
             for number, one in enumerate(wanted):
@@ -358,6 +366,19 @@ def add_graph(
     return target
 
 
+def _refuse_too_large(
+    folder: Path, precisions: Sequence[Precision], target: Path, any_family: bool, check: bool, say: Say
+) -> None:
+    """Says what the graphs take, which are made one after another, before any work is done."""
+    if not (folder / "config.json").is_file():
+        return  # reading the backbone says it better
+    config = read_config(folder, any_family=any_family)
+    each = [estimate(folder, config, precision, check) for precision in precisions]
+    needs = Needs(max(n.memory for n in each), sum(n.disk for n in each))
+    settings = " and ".join(precision.setting for precision in precisions)
+    say(refuse_too_large(needs, free_memory(), target, f"{folder} at {settings}"))
+
+
 def _refuse_devices(target: Path, found: Mapping[str, Any], wanted: Sequence[Precision]) -> None:
     there = manifest.graphs(found)
     for precision in wanted:
@@ -369,9 +390,11 @@ def _refuse_devices(target: Path, found: Mapping[str, Any], wanted: Sequence[Pre
             )
 
 
-def _not_checked(precision: Precision, checked: Mapping[str, Any] | Check | None) -> str:
-    """What of a graph for CUDA was not compared, in words."""
-    if checked is None:
+def _not_checked(precision: Precision, checked: bool, unable: str | None = None) -> str:
+    """What of a graph for CUDA was not compared, in words. unable: what ONNX Runtime said where the CPU cannot run it."""
+    if unable is not None:
+        return f"the CPU cannot run it ({unable}), so its structure alone was checked; `deltamem-export verify` on a GPU compares it"
+    if not checked:
         return "exported with --no-check"
     if precision.name == "bf16":
         return "compared on the CPU, widened to float32: neither 16-bit arithmetic nor CUDA's operators were run"

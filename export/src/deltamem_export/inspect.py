@@ -62,7 +62,11 @@ def _graphs(graphs: list[dict[str, Any]]) -> list[str]:
             f"cache        {several}{graph['kv_dtype']}, {len(graph['kv_layers'])} layers"
             + (", one buffer for past and present" if graph["shared_kv"] else "")
         )
-        check = _check(graph["check"]) if graph["check"] else "no: exported with --no-check"
+        check = (
+            _check(graph["check"])
+            if graph["check"]
+            else f"no: {graph.get('not_checked') or 'exported with --no-check'}"
+        )
         lines.append(f"checked      {several}{check}")
         if graph["check"] and graph.get("not_checked"):
             lines.append(f"             {several}{graph['not_checked']}")

@@ -135,8 +135,9 @@ def _graph(said: dict[str, Any], graph: dict[str, Any], where: str = "") -> list
     """A graph's rows. said: where its precision and its check stand."""
     precision = str(said.get("precision", "?"))
     device = graph.get("device", "cuda" if precision == "bf16" else "cpu")
-    checked = _checked(_section(said, "check"))
-    more = graph.get("not_checked") if said.get("check") else None
+    checked, more = _checked(_section(said, "check")), graph.get("not_checked")
+    if more and not said.get("check"):
+        checked, more = f"no: {more}", None
     return [
         (f"precision{where}", precision if where else f"{precision}, for {device}"),
         (f"inside a turn{where}", _turn(graph)),

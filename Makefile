@@ -71,6 +71,9 @@ fmt: setup ## format all Rust and Python
 bench: setup dist/.stamp ## run the benches; the results go into docs/benchmarks.md; BENCH_ARGS="cost scan" runs these alone
 	$(PY) benches/run.py $(BENCH_ARGS)
 
+bench-cuda: setup dist/.stamp ## the same on an NVIDIA card, into docs/benchmarks-cuda.md; without one it says so and writes nothing
+	$(PY) benches/run.py cuda
+
 wheel: dist/.stamp ## build the wheel into dist/
 	@ls -l dist/*.whl
 

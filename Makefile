@@ -20,7 +20,7 @@ BUILD_VENV := $(if $(wildcard $(VENV)/.stamp-dev),$(VENV),.cache/venv-build)
 CARGO_ENV := PYO3_PYTHON="$(CURDIR)/$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint rust-lint python-lint rust-test python-test fmt bench wheel lock deny clean distclean
+.PHONY: help setup demo test test-long lint rust-lint python-lint rust-test python-test fmt bench bench-cuda wheel lock deny clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

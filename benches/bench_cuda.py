@@ -1,5 +1,5 @@
-"""The engine on an NVIDIA card, against opponents on the same card in the same run: what the memory costs, many sessions, a turn after a history,
-memory on the card, and what runs in a step. Without a card it says why there is none and ends with exit code 77.
+"""The engine on an NVIDIA card, against opponents on the same card in the same run: what the memory costs, many sessions, a turn after a
+history, memory on the card, and what runs in a step. Without a card it says why there is none and ends with exit code 77.
 
     python benches/bench_cuda.py [--quick] [--device DEVICE]
 
@@ -87,11 +87,9 @@ def bench_cost(made: models.Made, plan: Plan, device: str, table: Table) -> None
     }
     goals = {"backbone alone": 1 / 1.03}
     on_card = device.startswith("cuda")
-    if not on_card or genai_has_cuda():
+    if on_card and genai_has_cuda():
         # Its graph has no memory, and so is held against the engine on the same graph.
         opponents["onnxruntime-genai"] = GenAI(made.genai)
-    else:
-        print("\nonnxruntime-genai is left out: its CUDA wheel, onnxruntime-genai-cuda, is not installed.", flush=True)
     if made.precision.startswith("fp16"):
         opponents["PyTorch with memory"] = Torch(made.backbone, made.adapter, "fp16", "cuda" if on_card else "cpu")
         goals["PyTorch with memory"] = 3.0
@@ -104,7 +102,9 @@ def bench_cost(made: models.Made, plan: Plan, device: str, table: Table) -> None
             ours = "backbone alone" if name == "onnxruntime-genai" else "memory"
             ratio = Ratio.of(found[name][figure], found[ours][figure])
             goal = 1.0 if name == "onnxruntime-genai" else goals[name]
-            judged = reached(ratio.value, round(goal, 3)) if figure == "decode" or name != "PyTorch with memory" else "-"
+            judged = (
+                reached(ratio.value, round(goal, 3)) if figure == "decode" or name != "PyTorch with memory" else "-"
+            )
             mine, theirs = (quantity(found[who][figure]) for who in (ours, name))
             table.row(made.name, made.precision, figure, f"engine, {ours}", mine, name, theirs, ratio, judged)
 
@@ -197,7 +197,9 @@ def bench_profile(made: models.Made, device: str, table: Table) -> None:
         for event in nodes:
             busy[event["args"].get("op_name", "?")] += event["dur"]
         most = ", ".join(f"{operator} {time / runs / 1e3:.2f} ms" for operator, time in busy.most_common(4))
-        where = ", ".join(f"{place.removesuffix('ExecutionProvider')} {count / runs:.0f}" for place, count in places.items())
+        where = ", ".join(
+            f"{place.removesuffix('ExecutionProvider')} {count / runs:.0f}" for place, count in places.items()
+        )
         table.row(
             made.name,
             made.precision,
@@ -224,12 +226,16 @@ def main() -> None:
         f"\nTF32 is off. Prompts of {plan.prompt} tokens, then {plan.tokens} single ones, greedy; opponents take turns, medians of "
         f"{plan.rounds} rounds, the ratio's range in brackets: the opponent's time over the engine's."
     )
+    if options.device.startswith("cuda") and not genai_has_cuda():
+        print("\nonnxruntime-genai's CUDA wheel, onnxruntime-genai-cuda, is not installed, so it is no opponent here.")
     all_made = [models.made(n, p, device="cuda") for n in plan.names for p in plan.precisions]
     table = Table("model", "precision", "what", "engine", "time", "opponent", "its time", "ratio", "goal")
     for made in all_made:
         bench_cost(made, plan, options.device, table)
         gc.collect()
-    print("\n### Many sessions\n\nTokens a second over all of them, in threads of their own, against one after another.")
+    print(
+        "\n### Many sessions\n\nTokens a second over all of them, in threads of their own, against one after another."
+    )
     table = Table("model", "precision", "sessions", "at once", "in turn", "ratio", "on the card, each", "of it state")
     for made in all_made:
         bench_sessions(made, plan, options.device, table)
@@ -240,8 +246,8 @@ def main() -> None:
         bench_history(made, plan, options.device, table)
         gc.collect()
     print(
-        "\n### A step\n\nNodes of one run by ONNX Runtime's profile, where they ran, those that copy between host and card, kernel launches "
-        "where the build tells them, and the operators that take most on the host's clock."
+        "\n### A step\n\nNodes of one run by ONNX Runtime's profile, where they ran, those that copy between host and card, "
+        "kernel launches where the build tells them, and the operators that take most on the host's clock."
     )
     table = Table("model", "precision", "graph", "nodes", "where", "copies", "launches", "most time")
     for made in all_made:

@@ -285,7 +285,10 @@ def _write_genai(found: Made, device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "names", nargs="*", default=[name for name in SHAPES if name not in ("smoke", "qwen3-4b")], help=", ".join(SHAPES)
+        "names",
+        nargs="*",
+        default=[name for name in SHAPES if name not in ("smoke", "qwen3-4b")],
+        help=", ".join(SHAPES),
     )
     for name in parser.parse_args().names:
         for precision in PRECISIONS:

@@ -66,7 +66,9 @@ def main() -> int:
         # After each one: what was measured is not lost when a later bench is stopped.
         place = CUDA_PAGE if name == CUDA else PAGE
         old = place.read_text(encoding="utf-8") if place.exists() else ""
-        place.write_text(page(head(cards() if name == CUDA else []), {**sections(old), name: section}), encoding="utf-8")
+        place.write_text(
+            page(head(cards() if name == CUDA else []), {**sections(old), name: section}), encoding="utf-8"
+        )
         print(f"written: {place.relative_to(ROOT)}, {name}", flush=True)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
@@ -121,7 +123,9 @@ def cards() -> list[tuple[str, str]]:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         return [("card", f"nvidia-smi does not say: {error}")]
-    return [(f"card {n} (name, driver, memory, power)", line.strip()) for n, line in enumerate(done.stdout.splitlines())]
+    return [
+        (f"card {n} (name, driver, memory, power)", line.strip()) for n, line in enumerate(done.stdout.splitlines())
+    ]
 
 
 def head(more: Sequence[tuple[str, str]] = ()) -> str:

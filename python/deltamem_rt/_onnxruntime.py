@@ -119,7 +119,7 @@ def open_cuda_libraries(library: Path) -> list[Path]:
 
 
 def _in_nvidia_wheels(name: str) -> list[Path]:
-    """Where a library of that name lies in the `nvidia` packages, newest first: `nvidia/cu13/lib` or, in older wheels, `nvidia/cublas/lib`."""
+    """Where a library of that name lies in NVIDIA's wheels, newest first: `nvidia/cu13/lib`, in older ones `nvidia/cublas/lib`."""
     spec = PathFinder.find_spec("nvidia")
     folders = [] if spec is None else [Path(location) for location in spec.submodule_search_locations or ()]
     found = [
@@ -128,7 +128,8 @@ def _in_nvidia_wheels(name: str) -> list[Path]:
         for pattern in (f"*/lib/lib{name}.so.*", f"*/bin/{name}64_*.dll")
         for path in folder.glob(pattern)
     ]
-    return sorted(found, key=_sort_key, reverse=True)
+    # A library's name ends with its version: libcublas.so.13, cublas64_13.dll.
+    return sorted(found, key=lambda path: _numbers(path.name)[-1:], reverse=True)
 
 
 def _package_folders() -> list[Path]:

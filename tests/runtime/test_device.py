@@ -1,6 +1,6 @@
-"""A device's memory: states, keys and values that stay there from run to run. The processor plays the device here: the same code, graphs and
-ONNX Runtime calls as on a card, with the processor's memory in the place of the card's. Each test holds it against the plain CPU path, bit for
-bit, since the same kernels compute both. What a card alone can show carries the marker `cuda`.
+"""A device's memory: states, keys and values that stay there from run to run. The processor plays the device here: the same code,
+graphs and ONNX Runtime calls as on a card, with the processor's memory in the place of the card's. Each test holds it against the plain
+CPU path, bit for bit, since the same kernels compute both. What a card alone can show carries the marker `cuda`.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def same(found: object, expected: object) -> None:
 @pytest.mark.parametrize("graph", ["portable", "fused"])
 @pytest.mark.parametrize("case", CASES)
 def test_goldens(case: str, graph: str, parity_bundle, golden_case) -> None:
-    with np.load(golden_case(case) / "golden.npz") as golden, load(
-        parity_bundle(case), device=ON_DEVICE, graph=graph
-    ).session() as session:
+    with (
+        np.load(golden_case(case) / "golden.npz") as golden,
+        load(parity_bundle(case), device=ON_DEVICE, graph=graph).session() as session,
+    ):
         for t in range(5):
             logits = session.feed(golden[f"turn{t}_ids"], logits=True)
             assert_close(f"turn {t} logits", logits, golden[f"turn{t}_logits"], 1e-4)
@@ -153,7 +154,7 @@ def test_prefixes_measures_and_strengths(models) -> None:
 
 
 def test_many_sessions_in_one_step(parity_bundle) -> None:
-    """Slots grow in number and in rows, come free, and their turns are brought together while others go on; as alone, to the rounding of sums."""
+    """Slots grow in number and in rows and come free while others go on; each gets what it gets alone, to the rounding of sums."""
     model = load(parity_bundle("qwen3_tsw_qo"), device=ON_DEVICE, max_batch=6)
     assert model.unbatched is None
 
@@ -267,7 +268,7 @@ def test_without_a_card_cuda_is_refused_with_what_to_do_and_auto_takes_the_cpu(p
     if answers():
         pytest.skip("a card answers here")
     bundle = parity_bundle("qwen3_tsw_qo", "fp16")  # its graph is one for both
-    with pytest.raises(dm.DeviceError, match="found .*expected .*device='cpu'"):
+    with pytest.raises(dm.DeviceError, match=r"found .*expected .*device='cpu'"):
         dm.Model.load(bundle, device="cuda")
     with caplog.at_level(logging.WARNING, "deltamem_rt"):
         model = dm.Model.load(bundle)

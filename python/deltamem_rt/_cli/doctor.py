@@ -63,7 +63,9 @@ def examine() -> dict[str, Any]:
         report["cuda_libraries"] = [str(path) for path in open_cuda_libraries(library.path)]
         report |= _native.doctor(library.path)
         report["auto"] = (
-            "cuda:0 for a bundle with a graph for CUDA, else cpu" if report["cuda"] else "cpu: no card answers, see CUDA above"
+            "cuda:0 for a bundle with a graph for CUDA, else cpu"
+            if report["cuda"]
+            else "cpu: no card answers, see CUDA above"
         )
         report["ok"] = True
     except DeltaMemError as error:

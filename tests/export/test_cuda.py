@@ -26,6 +26,7 @@ from deltamem_export.plain import spell_out
 from deltamem_export.precision import Precision
 from deltamem_export.runner import has_cuda
 from deltamem_export.verify import verify
+from deltamem_rt._cli import main as deltamem
 
 IDS = np.random.default_rng(0).integers(3, 256, 90)
 # What the CPU's runs of them may differ by from transformers, and how their keys and values are kept.
@@ -173,6 +174,18 @@ def test_a_graph_is_added_to_a_bundle_that_is_in_use(case: Path, tmp_path: Path,
     assert main(add_to) == 2
     assert "has a graph for cuda (fp16)" in capsys.readouterr().err
     assert manifest.read(bundle) == found
+
+
+def test_the_runtimes_inspect_shows_each_graph_and_what_of_it_was_not_compared(two_graphs, capsys) -> None:
+    assert deltamem(["inspect", str(two_graphs("bf16"))]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "precision fp32, for cpu",
+        "precision on cuda bf16",
+        "inside a turn on cuda a KV cache of 3 layers (0-2) in bfloat16",
+        "; compared on the CPU, widened to float32",
+    ):
+        assert words in shown
 
 
 def test_a_cpus_graph_added_to_a_bundle_for_cuda_becomes_its_first_and_its_memories_stay(

@@ -20,6 +20,9 @@ const SPARES: usize = 3;
 /// Bytes of one number.
 const NUMBER: usize = size_of::<f32>();
 
+/// What a graph's input on a device begins at a multiple of: kernels may read many numbers at once. ONNX Runtime's own allocations do.
+const ALIGNED: usize = 256;
+
 /// A state that nobody writes any more, where it lies.
 #[derive(Debug, Clone)]
 pub enum State {
@@ -124,6 +127,14 @@ impl State {
         match self {
             Self::Host(view) => Numbers::Host(view),
             Self::Device(state) => Numbers::Device(&state.buffer, state.start),
+        }
+    }
+
+    /// The same where a run may read it: one that begins in the middle of a step's buffer at no aligned address moves.
+    pub(crate) fn aligned(&self) -> Result<Self> {
+        match self {
+            Self::Device(state) if !state.start.is_multiple_of(ALIGNED) => Ok(Self::Device(state.alone()?)),
+            _ => Ok(self.clone()),
         }
     }
 
@@ -346,7 +357,7 @@ fn lying<'a>(rows: &[Option<&'a State>], bytes: usize) -> Option<Gathered<'a>> {
         }
     }
     found
-        .filter(|(buffer, base)| base + rows.len() * bytes <= buffer.len())
+        .filter(|(buffer, base)| base.is_multiple_of(ALIGNED) && base + rows.len() * bytes <= buffer.len())
         .map(|(buffer, base)| Gathered::Lying(buffer, base))
 }
 

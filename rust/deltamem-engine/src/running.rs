@@ -146,6 +146,7 @@ impl Model {
             works.clear_released(self);
             let Works { graph, pool, .. } = &mut *works;
             let past = chunk.turn.len();
+            let state = chunk.past_memory.aligned()?;
             let turn = chunk.turn.tensors(pool, chunk.tokens.len())?;
             let done =
                 chunk
@@ -157,7 +158,7 @@ impl Model {
                             write: &[chunk.write],
                             spans: chunk.spans,
                             rows: if chunk.all_logits { Rows::All } else { Rows::Last },
-                            past_memory: chunk.past_memory.numbers(),
+                            past_memory: state.numbers(),
                             present_memory,
                             turn,
                             strength: chunk.strength,
@@ -362,6 +363,7 @@ impl Model {
         let Works { graph, pool, .. } = works;
         let turn = row.place.tensors(pool, 1)?;
         let past = row.place.len;
+        let state = row.past_memory.aligned()?;
         row.present_memory
             .write(self.home(), self.geometry().elements(), |present_memory| {
                 graph.run(
@@ -372,7 +374,7 @@ impl Model {
                         write: &[row.write],
                         spans: None,
                         rows: Rows::Last,
-                        past_memory: row.past_memory.numbers(),
+                        past_memory: state.numbers(),
                         present_memory,
                         turn,
                         strength: 1.0,

@@ -17,7 +17,7 @@ import pytest
 
 import deltamem_rt as dm
 from agreement import assert_close
-from together import together
+from together import beside_prompts, together
 
 CASES = ("qwen3_tsw_qo", "gemma2_tsw_qo", "mistral_window_tsw_qo")
 ON_DEVICE = "_device_on_cpu"
@@ -180,6 +180,40 @@ def test_many_sessions_in_one_step(parity_bundle) -> None:
     assert (after.step_tokens - before.step_tokens) > 1.1 * (after.steps - before.steps)
     # A slot that others had is as a new one.
     same(talk(0)[0], alone[0][0])
+
+
+def test_turns_that_change_places_keep_their_rows(parity_bundle) -> None:
+    """Of five turns the first and the last step together: they are brought side by side, and an idle turn goes where the last one was."""
+    model = load(parity_bundle("qwen3_tsw_qo"), device=ON_DEVICE, max_batch=8)
+
+    def steps(session: dm.Session, seed: int, count: int) -> np.ndarray:
+        return np.stack([session.feed([token], logits=True)[0] for token in ids(count, seed)])
+
+    def begun(seed: int) -> dm.Session:
+        session = model.session()
+        session.feed(ids(20 + seed, seed))
+        return session
+
+    alone = []
+    for seed in range(5):
+        with begun(seed) as session:
+            alone.append((steps(session, seed + 10, 40), steps(session, seed + 20, 3), session.memory))
+    sessions = [begun(seed) for seed in range(5)]
+    pair = (0, 4)
+    found = dict(
+        zip(
+            pair,
+            beside_prompts(model, ids(500, 99), [lambda n=n: steps(sessions[n], n + 10, 40) for n in pair]),
+            strict=True,
+        )
+    )
+    assert model.stats.largest_step == 2
+    for seed, session in enumerate(sessions):
+        logits = found[seed] if seed in pair else steps(session, seed + 10, 40)
+        np.testing.assert_allclose(logits, alone[seed][0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(steps(session, seed + 20, 3), alone[seed][1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(session.memory, alone[seed][2], rtol=0, atol=1e-5)
+        session.close()
 
 
 def test_a_view_of_the_memory_outlives_its_session_and_never_changes(models) -> None:

@@ -29,6 +29,10 @@ const CHUNK_TOKENS_BESIDE_OTHERS: usize = 64;
 /// The most sessions in one step, if nothing else is asked for.
 pub const MAX_BATCH: usize = 16;
 
+/// What a bundle for CUDA alone meets on a processor.
+const BF16_ON_CPU: &str = "deltamem.json: precision is bf16, which ONNX Runtime's CPU cannot compute; export the bundle again with --precision \
+                           fp16, fp32 or int4, or run this one on CUDA";
+
 /// Finished KV caches that are kept, wiped, for the next turns.
 const POOLED_CACHES: usize = 4;
 
@@ -194,6 +198,7 @@ impl Model {
             return Self::on_cpu(runtime, bundle, options, placed);
         }
         let also_cpu = devices.contains(&GraphDevice::Cpu);
+        let precision = bundle.manifest().precision.clone();
         let dir = bundle.dir().to_path_buf();
         let found = match cuda(runtime, 0, options.tf32) {
             Ok(memory) => {
@@ -220,6 +225,9 @@ impl Model {
             Err(NoCuda::Absent(error)) => (error, false),
             Err(NoCuda::Failed(error)) => (error, true),
         };
+        if !also_cpu && !failed && precision == "bf16" {
+            return Err(EngineError::Unsupported(format!("{BF16_ON_CPU}; {error}")));
+        }
         if !also_cpu || !matches!(error, EngineError::Device(_) | EngineError::Onnx { .. }) {
             return Err(error);
         }
@@ -237,11 +245,7 @@ impl Model {
     ) -> Result<Arc<Self>> {
         let manifest = bundle.manifest();
         if manifest.precision == "bf16" && manifest.graphs.is_empty() {
-            return Err(EngineError::Unsupported(
-                "deltamem.json: precision is bf16, which ONNX Runtime's CPU cannot compute; export the bundle again with --precision \
-                 fp16, fp32 or int4, or run this one on CUDA"
-                    .into(),
-            ));
+            return Err(EngineError::Unsupported(BF16_ON_CPU.into()));
         }
         Self::placed(runtime, bundle.on(GraphDevice::Cpu)?, options, placed, None)
     }

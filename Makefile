@@ -20,7 +20,7 @@ BUILD_VENV := $(if $(wildcard $(VENV)/.stamp-dev),$(VENV),.cache/venv-build)
 CARGO_ENV := PYO3_PYTHON="$(CURDIR)/$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint rust-lint python-lint rust-test python-test fmt bench wheel lock deny clean distclean
+.PHONY: help setup demo test test-long lint rust-lint python-lint rust-test python-test fmt bench bench-cuda wheel lock deny clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ fmt: setup ## format all Rust and Python
 
 bench: setup dist/.stamp ## run the benches; the results go into docs/benchmarks.md; BENCH_ARGS="cost scan" runs these alone
 	$(PY) benches/run.py $(BENCH_ARGS)
+
+bench-cuda: setup dist/.stamp ## the same on an NVIDIA card, into docs/benchmarks-cuda.md; without one it says so and writes nothing
+	$(PY) benches/run.py cuda
 
 wheel: dist/.stamp ## build the wheel into dist/
 	@ls -l dist/*.whl

@@ -7,6 +7,8 @@ the exporter into .cache/benches, and of each graph two others over the very sam
                                   through, so that the engine runs the backbone by the same calls
     NAME/fp32-genai, ...          that graph in the form of onnxruntime-genai: int32 ids, no memory, logits of the last token
 
+Those for CUDA alone lie beside them, in fp16-cuda, int4-cuda, ...
+
     python benches/models.py [NAME...]
 """
 
@@ -35,10 +37,11 @@ from deltamem_export.bundle import export_bundle
 from deltamem_export.external import link
 from deltamem_export.fused import remove_unused
 from deltamem_export.nodes import Nodes
+from deltamem_export.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".cache" / "benches"
-EDITION = 1
+EDITION = 2
 """Counted up when this file makes the models in another way, so that old ones are made again."""
 RANK = 8
 PRECISIONS = ("fp32", "int4")
@@ -56,6 +59,12 @@ class Shape:
 def _qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(
         _config(Qwen3Config, 32_768, 1024, 3072, 28, 16, 8, 128, 40_960, rms_norm_eps=1e-6, rope_theta=1e6)
+    )
+
+
+def _qwen3_4b() -> PreTrainedModel:
+    return Qwen3ForCausalLM(
+        _config(Qwen3Config, 151_936, 2560, 9728, 36, 32, 8, 128, 40_960, rms_norm_eps=1e-6, rope_theta=1e6)
     )
 
 
@@ -104,6 +113,7 @@ def _config(kind: type[PretrainedConfig], *sizes: int, **more: Any) -> Pretraine
 
 SHAPES = {
     "qwen3-0.6b": Shape("Qwen3-0.6B: 28 layers, hidden 1,024; vocabulary cut to 32,768 of 151,936 for memory", _qwen3),
+    "qwen3-4b": Shape("Qwen3-4B: 36 layers, hidden 2,560, vocabulary 151,936", _qwen3_4b),
     "smollm2-135m": Shape("SmolLM2-135M: 30 layers, hidden 576, vocabulary 49,152; context raised to 40,960", _smollm2),
     "embedded": Shape("the embedded default: 4 layers, hidden 128, vocabulary 2,048", _embedded),
     "smoke": Shape("2 layers, hidden 64: for tests of the benches alone", _smoke),
@@ -123,10 +133,12 @@ class Made:
     genai: Path
 
 
-def made(name: str, precision: str, place: Path = PLACE) -> Made:
-    """The model at this precision; what is missing, or was made by another exporter, is made."""
+def made(name: str, precision: str, place: Path = PLACE, device: str = "cpu") -> Made:
+    """The model at this precision, for this device; what is missing, or was made by another exporter, is made."""
     home = place / name
     home.mkdir(parents=True, exist_ok=True)
+    wanted = precision if device == "cpu" else Precision(precision, device=device)
+    precision = precision if device == "cpu" else f"{precision}-{device}"
     found = Made(
         name,
         precision,
@@ -145,9 +157,9 @@ def made(name: str, precision: str, place: Path = PLACE) -> Made:
         _save_weights(name, found)
     for path in (found.bundle, found.bare, found.genai):
         shutil.rmtree(path, ignore_errors=True)
-    export_bundle(found.backbone, found.adapter, found.bundle, precision, check=False, say=lambda _: None)
+    export_bundle(found.backbone, found.adapter, found.bundle, wanted, check=False, say=lambda _: None)
     _write_bare(found)
-    _write_genai(found)
+    _write_genai(found, device)
     stamp.write_text(digest)
     print(f"made {name} at {precision} in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return found
@@ -208,14 +220,15 @@ def _write_bare(found: Made) -> None:
     sealed = manifest.read(found.bundle)
     # Only the plain graph: the bundle's other ones have the memory in them.
     sealed["graph"] = {k: v for k, v in sealed["graph"].items() if not k.endswith("_file")}
-    sealed["graph"] |= {"measured_file": None, "strength": False, "gates": False}
+    own = ["model.onnx", "model.onnx.data"]
+    sealed["graph"] |= {"measured_file": None, "strength": False, "gates": False, "files": own}
     if "not_fused" in sealed["graph"]:
         sealed["graph"]["not_fused"] = "the memory is cut out of this graph"
-    sealed["files"] = {n: manifest.file_entry(found.bare / n) for n in ("model.onnx", "model.onnx.data")}
+    sealed["files"] = {n: manifest.file_entry(found.bare / n) for n in own}
     manifest.write(found.bare, sealed)
 
 
-def _write_genai(found: Made) -> None:
+def _write_genai(found: Made, device: str) -> None:
     """The bare graph as onnxruntime-genai takes it, pruned to the last token's logits as its own builder's `prune_lm_head` does."""
     _share(found.bundle, found.genai)
     model = ir.load(found.bare / "model.onnx")
@@ -243,6 +256,7 @@ def _write_genai(found: Made) -> None:
     b = manifest.read(found.bare)["backbone"]
     caches = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    providers: list[dict[str, dict[str, str]]] = [{"cuda": {}}] if device == "cuda" else []
     config = {
         "model": {
             "bos_token_id": 0,
@@ -250,7 +264,7 @@ def _write_genai(found: Made) -> None:
             "pad_token_id": 0,
             "context_length": b["context_length"],
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "filename": "model.onnx",
                 "head_size": b["head_dim"],
                 "hidden_size": b["hidden_size"],
@@ -271,7 +285,10 @@ def _write_genai(found: Made) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "names", nargs="*", default=[name for name in SHAPES if name != "smoke"], help=", ".join(SHAPES)
+        "names",
+        nargs="*",
+        default=[name for name in SHAPES if name not in ("smoke", "qwen3-4b")],
+        help=", ".join(SHAPES),
     )
     for name in parser.parse_args().names:
         for precision in PRECISIONS:

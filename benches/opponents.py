@@ -85,14 +85,14 @@ class Torch:
     """Hugging Face and PyTorch with the reference memory of deltamem_export, prompts by the one of its scans that is
     faster here, tokens by the plain one.
 
-    `precision`: fp32, bf16, or int8 (PyTorch's dynamic quantisation of the linear layers).
+    `precision`: fp32, bf16, fp16, or int8 (PyTorch's dynamic quantisation of the linear layers).
     """
 
-    def __init__(self, backbone: Path, adapter: Path, precision: str) -> None:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._model = AutoModelForCausalLM.from_pretrained(backbone, dtype=dtype).eval()
+    def __init__(self, backbone: Path, adapter: Path, precision: str, device: str = "cpu") -> None:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        self._model = AutoModelForCausalLM.from_pretrained(backbone, dtype=dtype).eval().to(device)
         memory = Adapter.load(adapter)
-        self._memory = attach(self._model, memory, scan=fastest_scan(memory.config.rank))
+        self._memory = attach(self._model, memory, scan=fastest_scan(memory.config.rank)).to(device)
         if precision == "int8":
             from torch.ao.quantization import quantize_dynamic
 
@@ -102,7 +102,7 @@ class Torch:
     def __call__(self, prompt: np.ndarray, tokens: int) -> Figures:
         self._memory.reset()
         cache = DynamicCache()
-        ids = torch.from_numpy(prompt.astype(np.int64))[None]
+        ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self._model.device)
 
         def step(ids: torch.Tensor) -> torch.Tensor:
             logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

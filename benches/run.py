@@ -6,6 +6,8 @@ the ratio to its opponent, measured in the same run. Plots go where BENCH_PLOTS 
 (rust/*/benches/*.rs) run through `cargo bench`. A bench that fails is named in the page and makes this command fail, after the others have
 run. What people have to say of a bench's figures, why a goal is missed for one, stands in docs/benchmarks/NAME.md and is put behind them.
 
+The bench `cuda` needs a card, runs only where it is named, and has a page of its own, docs/benchmarks-cuda.md.
+
     python benches/run.py [NAME...] [--dry-run]
 """
 
@@ -26,12 +28,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+CUDA_PAGE = ROOT / "docs" / "benchmarks-cuda.md"
 PLOTS = ROOT / "docs" / "benchmarks"
 VERSIONS = ("deltamem-rt", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "numpy", "torch", "transformers")
 ORDER = ("cost", "history", "sessions", "scan", "footprint", "engine", "store", "precision")
 """Of the sections in the page; a bench that is not named comes behind them."""
 
 CARGO = "cargo bench"
+CUDA = "cuda"
+NO_CARD = 77
+"""The exit code of a bench that has nothing to measure here and has said why."""
 
 
 def main() -> int:
@@ -48,17 +54,22 @@ def main() -> int:
         parser.error(f"there is no bench {', '.join(sorted(unknown))}; there are: {', '.join(commands)}")
 
     failed = []
-    for name in options.names or commands:
+    for name in options.names or [name for name in commands if name != CUDA]:
         with tempfile.TemporaryDirectory() as scratch:
             section, code = run(name, commands[name], Path(scratch) if options.dry_run else PLOTS)
         failed += [name] * (code != 0)
+        if code == NO_CARD:
+            continue  # nothing was measured, and what stands in the page stays
         if options.dry_run:
             print(section, flush=True)
             continue
         # After each one: what was measured is not lost when a later bench is stopped.
-        old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-        PAGE.write_text(page(head(), {**sections(old), name: section}), encoding="utf-8")
-        print(f"written: {PAGE.relative_to(ROOT)}, {name}", flush=True)
+        place = CUDA_PAGE if name == CUDA else PAGE
+        old = place.read_text(encoding="utf-8") if place.exists() else ""
+        place.write_text(
+            page(head(cards() if name == CUDA else []), {**sections(old), name: section}), encoding="utf-8"
+        )
+        print(f"written: {place.relative_to(ROOT)}, {name}", flush=True)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0
@@ -103,9 +114,24 @@ def run(name: str, command: list[str], plots: Path) -> tuple[str, int]:
     return f"{text}\n\n{line}", done.returncode
 
 
-def head() -> str:
-    """The page's head: with what the figures were made."""
+def cards() -> list[tuple[str, str]]:
+    """The cards and their driver, as nvidia-smi names them."""
+    wanted = "name,driver_version,memory.total,power.limit"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        return [("card", f"nvidia-smi does not say: {error}")]
+    return [
+        (f"card {n} (name, driver, memory, power)", line.strip()) for n, line in enumerate(done.stdout.splitlines())
+    ]
+
+
+def head(more: Sequence[tuple[str, str]] = ()) -> str:
+    """The page's head: with what the figures were made; `more` rows come first."""
     rows = [
+        *more,
         ("processor", processor()),
         (
             "cores",

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, final, overload
+from typing import Any, Literal, Protocol, TypeAlias, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ __all__ = [
     "Generation",
     "GenerationStats",
     "Geometry",
+    "MemoryTensor",
     "Model",
     "ModelStats",
     "Prefix",
@@ -31,11 +32,15 @@ __all__ = [
 
 __version__: str
 
-_TokenIds: TypeAlias = str | Sequence[int] | NDArray[np.int32] | NDArray[np.int64]
+class _DLPack(Protocol):
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+_TokenIds: TypeAlias = str | Sequence[int] | NDArray[np.int32] | NDArray[np.int64] | _DLPack
 _Path: TypeAlias = str | os.PathLike[str]
 _Seconds: TypeAlias = float | timedelta
 _WhenFull: TypeAlias = Literal["refuse", "prune"]
-_Spans: TypeAlias = Literal["token"] | Sequence[int] | NDArray[np.int32] | NDArray[np.int64]
+_Spans: TypeAlias = Literal["token"] | Sequence[int] | NDArray[np.int32] | NDArray[np.int64] | _DLPack
 
 @final
 class Geometry:
@@ -59,11 +64,12 @@ class Model:
     def load(
         path: str | os.PathLike[str],
         *,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: Literal["auto", "cpu", "cuda"] | str = "auto",
         threads: int | None = None,
         max_batch: int = 16,
         verify: bool = True,
         graph: Literal["auto", "portable", "fused"] = "auto",
+        tf32: bool = False,
     ) -> Model: ...
     def session(
         self,
@@ -88,6 +94,8 @@ class Model:
     def context_length(self) -> int: ...
     @property
     def device(self) -> str: ...
+    @property
+    def placement(self) -> str: ...
     @property
     def threads(self) -> int | None: ...
     @property
@@ -179,6 +187,7 @@ class Session:
     def end_turn(self) -> None: ...
     @property
     def memory(self) -> NDArray[np.float32]: ...
+    def memory_dlpack(self) -> MemoryTensor: ...
     def snapshot(self) -> Snapshot: ...
     def restore(self, snapshot: Snapshot) -> None: ...
     def reset(self) -> None: ...
@@ -300,6 +309,18 @@ class Snapshot:
     def memory(self) -> NDArray[np.float32]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
+
+@final
+class MemoryTensor:
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
 
 @final
 class Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import deltamem_rt as dm
 from deltamem_rt import _onnxruntime
-from deltamem_rt._onnxruntime import find_library
+from deltamem_rt._onnxruntime import find_library, may_use_cuda, open_cuda_libraries
 
 
 @pytest.fixture
@@ -84,3 +85,58 @@ def test_a_variable_that_names_nothing_says_so(site, monkeypatch):
     monkeypatch.setenv("DELTAMEM_ORT_LIBRARY", str(site / "nowhere.so"))
     with pytest.raises(dm.OnnxRuntimeNotFoundError, match=r"nowhere\.so"):
         find_library()
+
+
+# CUDA's libraries
+
+
+def test_a_bundle_for_cuda_asks_for_a_card_only_where_the_provider_lies(site):
+    library = install(site, "libonnxruntime.so.1.32.0", "onnxruntime")
+    bundles = {}
+    for name, manifest in {
+        "cpu": {"precision": "fp32", "graph": {"device": "cpu"}},
+        "old": {"precision": "int4", "graph": {}},
+        "both": {"precision": "fp32", "graph": {}, "graphs": [{"device": "cuda"}]},
+        "cuda": {"precision": "int4", "graph": {"device": "cuda"}},
+        "16 bits": {"precision": "fp16", "graph": {}},
+        "no bundle": None,
+        "no manifest": [],
+    }.items():
+        bundles[name] = site / name
+        bundles[name].mkdir()
+        if manifest is not None:
+            (bundles[name] / "deltamem.json").write_text(json.dumps(manifest))
+    assert not any(may_use_cuda(library, bundle) for bundle in bundles.values())
+    assert open_cuda_libraries(library) == []
+    install(site, "libonnxruntime_providers_cuda.so")
+    assert {name for name, bundle in bundles.items() if may_use_cuda(library, bundle)} == {"both", "cuda", "16 bits"}
+
+
+def test_cuda_libraries_are_opened_from_nvidias_wheels_newest_first_and_broken_ones_left_out(site, monkeypatch):
+    library = install(site, "libonnxruntime.so.1.32.0", "onnxruntime-gpu")
+    install(site, "libonnxruntime_providers_cuda.so")
+    for name in (
+        "cu13/lib/libcudart.so.13",
+        "cu13/lib/libcublas.so.13",
+        "cublas/lib/libcublas.so.12",
+        "cu13/lib/libcurand.so.10",
+    ):
+        path = site / "nvidia" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    asked = []
+
+    def opened(path: str) -> None:
+        asked.append(path)
+        if path.endswith(("libcublas.so.13", "libcurand.so.10")):
+            raise OSError("wrong ELF class")
+
+    monkeypatch.setattr(_onnxruntime.ctypes, "CDLL", opened)
+    names = [path.name for path in open_cuda_libraries(library)]
+    assert names == ["libcudart.so.13", "libcublas.so.12"]
+    assert [Path(path).name for path in asked] == [
+        "libcudart.so.13",
+        "libcublas.so.13",
+        "libcublas.so.12",
+        "libcurand.so.10",
+    ]

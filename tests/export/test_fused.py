@@ -156,7 +156,7 @@ def test_a_bundle_of_an_older_exporter_runs_as_it_was_and_can_be_given_one(parit
     for name in found["files"]:
         if name != FUSED_FILE:
             link(bundle / name, old / name)
-    del found["files"][FUSED_FILE], found["graph"]["fused_file"], found["graph"]["not_fused"]
+    del found["files"][FUSED_FILE], found["graph"]["fused_file"], found["graph"]["not_fused"], found["graph"]["files"]
     manifest.write(old, found)
     ids = np.random.default_rng(0).integers(3, 256, 60)
     model = dm.Model.load(old)

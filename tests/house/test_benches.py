@@ -49,6 +49,23 @@ def test_every_bench_runs(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"turn-cost.svg", "sessions.svg"}
 
 
+def test_the_bench_of_a_card_runs_with_the_processor_in_its_place_and_says_when_there_is_no_card():
+    def bench(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "benches" / "bench_cuda.py"), "--quick", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = bench("--device", "_device_on_cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    tables = re.findall(r"(?:^\|.*\n)+", done.stdout, re.MULTILINE)
+    assert len(tables) == 4
+    assert all(len({row.count("|") for row in table.splitlines()}) == 1 and table.count("\n") > 2 for table in tables)
+    assert "over its context" in tables[2]
+    hidden = bench()
+    if hidden.returncode != 0:
+        assert (hidden.returncode, hidden.stdout) == (77, "")
+        assert "no card answers here, so nothing was measured: " in hidden.stderr
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_the_backbone_alone_is_what_a_strength_of_zero_leaves(made, precision):
     from opening import load

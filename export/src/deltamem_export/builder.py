@@ -52,7 +52,7 @@ def build(
     directory.mkdir(parents=True, exist_ok=True)
     # The builder has a graph per execution provider. Its fp16 graph for a CPU has no GroupQueryAttention; the
     # one for CUDA has, and with q and k norms left as nodes of their own it runs on both.
-    provider = "cuda" if precision.name in ("fp16", "bf16") else "cpu"
+    provider = "cpu" if precision.arithmetic == "fp32" else "cuda"
     # Experts stay as the activations are: the builder has 4 bits for them only from files that already have 4.
     options: dict[str, Any] = {
         "windowed_kv_cache": False,

@@ -18,6 +18,8 @@ DIFFERS = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 _STREAM = "conversations in UTF-8, a user's message a line, an empty line between two of them (docs/health.md)"
+_ADAPTER = "a folder with delta_mem_config.json and its tensors"
+_OUT = "the bundle's directory, made whole or not at all"
 CHECKS: dict[str, bool | str] = {"auto": True, "whole": "whole", "layers": "layers", "none": False}
 
 
@@ -53,15 +55,30 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         "bundle",
         help="export a bundle",
         description="Builds the backbone as ONNX, compares it with transformers, grafts the memory on, and writes a bundle.",
-        epilog="example: deltamem-export bundle --backbone Qwen3-4B-Instruct-2507 --adapter delta-mem --precision int4 --out my-bundle",
+        epilog="examples: deltamem-export bundle --backbone Qwen3-4B-Instruct-2507 --adapter delta-mem --precision int4 --out my-bundle; "
+        "a graph for CUDA in the same bundle: ... --device cuda --precision fp16 --into my-bundle",
     )
     bundle.add_argument("--backbone", required=True, metavar="DIR", help="a Hugging Face model folder")
-    _add_adapter_and_out(bundle)
+    bundle.add_argument("--adapter", required=True, metavar="DIR", help=_ADAPTER)
+    place = bundle.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", metavar="DIR", help=_OUT)
+    place.add_argument(
+        "--into",
+        metavar="BUNDLE",
+        help="add the graph to this bundle, made from the same backbone and adapter: one fingerprint, the same memories",
+    )
+    bundle.add_argument(
+        "--device",
+        action="append",
+        choices=("cpu", "cuda"),
+        help="what the graph is for; may be given twice, for a bundle with both (default cpu; bf16: cuda)",
+    )
     bundle.add_argument(
         "--precision",
+        action="append",
         choices=("fp32", "fp16", "bf16", "int8", "int4"),
-        default="fp32",
-        help="of the backbone; the memory is float32; bf16 runs on CUDA only (default fp32)",
+        help="of the backbone; the memory is float32; once, or once for each --device in their order. On CUDA fp16, bf16, or int4 and "
+        "int8 with fp16 arithmetic; fp32 there is exact and slow; bf16 runs on CUDA only (default: fp32 for the CPU, fp16 for CUDA)",
     )
     _add_sealing(bundle)
     bundle.add_argument(
@@ -169,6 +186,11 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         metavar="N",
         help="compare N tokens (default: all of the text, or 160, or more for a small window)",
     )
+    verify.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="whose graph of the bundle; the one for CUDA is run by CUDA where onnxruntime-gpu is installed (default: the bundle's first)",
+    )
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.add_argument("--threads", type=int, metavar="N", help="threads for both sides (default: all cores)")
     verify.set_defaults(run=_verify)
@@ -218,10 +240,8 @@ def _parser(training: bool) -> argparse.ArgumentParser:
 
 
 def _add_adapter_and_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter", required=True, metavar="DIR", help="a folder with delta_mem_config.json and its tensors"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the bundle's directory, made whole or not at all")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help=_ADAPTER)
+    parser.add_argument("--out", required=True, metavar="DIR", help=_OUT)
 
 
 def _add_sealing(parser: argparse.ArgumentParser) -> None:
@@ -250,29 +270,59 @@ def _add_check(command: argparse.ArgumentParser) -> None:
 
 
 def _bundle(args: argparse.Namespace) -> None:
-    from deltamem_export.bundle import export_bundle, set_threads
-    from deltamem_export.precision import Precision
+    from deltamem_export.bundle import add_graph, export_bundle, set_threads
 
     if args.threads is not None:
         set_threads(args.threads)
+    precisions = _precisions(args)
+    if args.into is not None:
+        for option in ("name", "force", "calibrate"):
+            if getattr(args, option):
+                raise ExportError(
+                    f"--{option} is for a new bundle; --into leaves all of a bundle as it is and adds a graph"
+                )
+        add_graph(args.into, args.backbone, args.adapter, precisions, check=CHECKS[args.check])
+        return
     export_bundle(
         args.backbone,
         args.adapter,
         args.out,
-        Precision(
-            args.precision,
-            args.int4_block_size,
-            args.int4_accuracy_level,
-            symmetric=not args.int4_asymmetric,
-            algorithm=args.int4_algorithm,
-            embeddings=args.int4_embeddings,
-            kv=args.kv,
-        ),
+        precisions,
         name=args.name,
         force=args.force,
         check=CHECKS[args.check],
         calibration=_stream(args),
     )
+
+
+def _precisions(args: argparse.Namespace) -> list[Any]:
+    """A precision for each device that was asked for. Options for blocks go to those that have blocks, as long as one has."""
+    from deltamem_export.precision import QUANTISED, Precision
+
+    devices = args.device or [""]
+    names = args.precision or ["fp16" if device == "cuda" else "fp32" for device in devices]
+    if len(names) not in (1, len(devices)):
+        raise ExportError(
+            f"{len(names)} times --precision for {len(devices)} times --device; give it once, or once for each device in their order"
+        )
+    names = names * (len(devices) // len(names))
+    blocks: dict[str, Any] = {
+        "symmetric": not args.int4_asymmetric,
+        "algorithm": args.int4_algorithm,
+        "embeddings": args.int4_embeddings,
+    }
+    some = any(name in QUANTISED for name in names)
+    return [
+        Precision(
+            name,
+            args.int4_block_size,
+            args.int4_accuracy_level,
+            **(blocks if name in QUANTISED or not some else {}),
+            kv="float" if device == "cuda" and "cpu" in devices else args.kv,
+            device=device,
+        )
+        for name, device in zip(names, devices, strict=True)
+    ]
 
 
 def _graft(args: argparse.Namespace) -> None:
@@ -339,6 +389,7 @@ def _verify(args: argparse.Namespace) -> int:
         args.adapter,
         text=text,
         tokens=args.tokens,
+        device=args.device,
         say=lambda line: print(line, file=sys.stderr),
     )
     print(report.to_json() if args.json else report)

@@ -104,11 +104,19 @@ def add_fused(bundle: str | os.PathLike[str]) -> str | None:
         if old is not None:
             (new / old).unlink()
             del found["files"][old]
+            _name_files(found, {old}, set())
         reason = fuse(new, found, new / FUSED_FILE)
         found["graph"] |= {"fused_file": None if reason else FUSED_FILE, "not_fused": reason}
         if reason is None:
             found["files"] = dict(sorted({**found["files"], FUSED_FILE: manifest.file_entry(new / FUSED_FILE)}.items()))
+            _name_files(found, set(), {FUSED_FILE})
     return reason
+
+
+def _name_files(found: dict[str, Any], gone: set[str], new: set[str]) -> None:
+    """Says which files the first graph needs, where the manifest says it at all."""
+    if "files" in found["graph"]:
+        found["graph"]["files"] = sorted({*found["graph"]["files"], *new} - gone)
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,16 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 def _bundle(directory: Path) -> str:
     m = manifest.read(directory)
-    b, memory, graph, text, check = m["backbone"], m["memory"], m["graph"], m["text"], m["check"]
+    b, memory, text = m["backbone"], m["memory"], m["text"]
     state = len(memory["layers"]) * memory["heads"] * memory["rank"] ** 2 * 4
     lines = [
-        f"bundle       {m['name']}, format {m['format_version']}, {m['precision']}",
+        f"bundle       {m['name']}, format {m['format_version']}, "
+        + ", ".join(f"{g['precision']} for {g['device']}" for g in manifest.graphs(m)),
         f"backbone     {b['architecture']}: {b['num_layers']} layers, hidden {b['hidden_size']}, {b['num_attention_heads']} heads "
         f"({b['num_kv_heads']} kv) of {b['head_dim']}, {b['vocab_size']} tokens, context {b['context_length']}",
         *_memory(memory, state),
-        f"cache        {graph['kv_dtype']}, {len(graph['kv_layers'])} layers"
-        + (", one buffer for past and present" if graph["shared_kv"] else ""),
+        *_graphs(manifest.graphs(m)),
         "text         " + (_text(text) if text else "none: takes token ids only"),
-        "checked      " + (_check(check) if check else "no: exported with --no-check"),
         f"fingerprint  {m['fingerprint']}",
         "made by      " + ", ".join(f"{name} {number}" for name, number in m["made_by"].items()),
         "files",
@@ -53,6 +52,25 @@ def _bundle(directory: Path) -> str:
         note = "" if size == entry["bytes"] else "  MISSING" if size is None else f"  DAMAGED: {size} bytes on disk"
         lines.append(f"  {name:<24} {_bytes(entry['bytes']):>10}{note}")
     return "\n".join(lines)
+
+
+def _graphs(graphs: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for graph in graphs:
+        several = f"{graph['device']}: " if len(graphs) > 1 else ""
+        lines.append(
+            f"cache        {several}{graph['kv_dtype']}, {len(graph['kv_layers'])} layers"
+            + (", one buffer for past and present" if graph["shared_kv"] else "")
+        )
+        check = (
+            _check(graph["check"])
+            if graph["check"]
+            else f"no: {graph.get('not_checked') or 'exported with --no-check'}"
+        )
+        lines.append(f"checked      {several}{check}")
+        if graph["check"] and graph.get("not_checked"):
+            lines.append(f"             {several}{graph['not_checked']}")
+    return lines
 
 
 def _adapter(directory: Path) -> str:

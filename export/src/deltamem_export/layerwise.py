@@ -65,7 +65,7 @@ def check_layers(backbone: Backbone, graph: Path, precision: Precision, find: Fi
         ExportError: a piece differs by more than the tolerance, and which; or the graph cannot be cut.
     """
     model = load_graph(graph, precision)
-    worst, total, count, tolerance = 0.0, 0.0, 0, TOLERANCES[precision.name]
+    worst, total, count, tolerance = 0.0, 0.0, 0, TOLERANCES[precision.arithmetic]
     tokens = _length(backbone)
     for piece in _pieces(model.graph, len(_stack(backbone.model)), find):
         rows = tokens if piece.end else _HEAD_TOKENS
@@ -101,7 +101,7 @@ def _hidden(tokens: int, width: int, precision: Precision) -> Float32:
     rng = np.random.default_rng(1)
     sizes = rng.permutation(np.geomspace(1e-3, 10.0, tokens))[:, None]
     vectors = (rng.standard_normal((tokens, width)) * sizes).astype(np.float32)
-    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision.name)
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision.arithmetic)
     found: Float32 = vectors if kind is None else torch.from_numpy(vectors).to(kind).float().numpy()
     return found
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # reading a manifest takes neither transformers nor ONNX
     from deltamem_export.adapter import AdapterConfig
     from deltamem_export.backbone import Geometry, Tokens
     from deltamem_export.structure import GraphFacts
+    from deltamem_export.text import Text
 
 MANIFEST_FILE = "deltamem.json"
 FORMAT = "deltamem-bundle"
@@ -46,6 +47,44 @@ def memory_section(config: AdapterConfig, layers: tuple[int, ...]) -> dict[str, 
 def graph_section(facts: GraphFacts, file: str, measured_file: str | None) -> dict[str, Any]:
     """What the runtime must know to run the graph."""
     return {"file": file, "measured_file": measured_file, **{k: _plain(v) for k, v in asdict(facts).items()}}
+
+
+def graphs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A bundle's graphs, the first one first, each with its own `device`, `precision`, `precision_setting` and `check`, in the older
+    bundles too, which do not say all of them."""
+    precision = found["precision"]
+    first = {
+        "device": "cuda" if precision == "bf16" else "cpu",
+        **found["graph"],
+        "precision": precision,
+        "precision_setting": found.get("precision_setting", precision),
+        "check": found.get("check"),
+    }
+    return [first, *(dict(graph) for graph in found.get("graphs") or [])]
+
+
+def graph_on(found: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The graph for a device: its own, or one in fp16, which runs on both.
+
+    Raises:
+        ExportError: there is none.
+    """
+    all_of_them = graphs(found)
+    own = [g for g in all_of_them if g["device"] == device]
+    chosen = next(iter(own or [g for g in all_of_them if g["precision"] == "fp16"]), None)
+    if chosen is None:
+        there = " and ".join(g["device"] for g in all_of_them)
+        raise ExportError(
+            f"the bundle's graphs are for {there}, not for {device}; add one with --device {device} --into"
+        )
+    return chosen
+
+
+def text_of(found: Mapping[str, Any]) -> Text | None:
+    """The bundle's files for text."""
+    from deltamem_export.text import Text
+
+    return Text(**found["text"]) if found.get("text") else None
 
 
 def backbone_section(geometry: Geometry) -> dict[str, Any]:

@@ -18,9 +18,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from deltamem_export.errors import ExportError
 from deltamem_export.nodes import Nodes, name_of
 
 _FLOAT = ir.DataType.FLOAT
+_CUDA = "CUDAExecutionProvider"
 _PAST = re.compile(r"past(_key_values)?(?=[._])")
 
 Float32 = npt.NDArray[np.float32]
@@ -44,7 +46,12 @@ class GraphRun:
     """One sequence on one graph. `feed` goes on with the turn; `end_turn` drops what a turn carries; `memory` stays."""
 
     def __init__(
-        self, model: ir.Model, folder: Path, cache: tuple[int, int], watched: Mapping[str, ir.Value] | None = None
+        self,
+        model: ir.Model,
+        folder: Path,
+        cache: tuple[int, int],
+        watched: Mapping[str, ir.Value] | None = None,
+        device: str = "cpu",
     ) -> None:
         """Loads the graph; nothing is written to disk.
 
@@ -53,6 +60,10 @@ class GraphRun:
             folder: where its files of weights are.
             cache: kv heads and head_dim, where the graph leaves them open.
             watched: label → a value of the graph; `feed` returns it as float32.
+            device: `cpu`, or `cuda` for a GPU in full float32 (TF32 off).
+
+        Raises:
+            ExportError: this onnxruntime has no provider for the device, or the provider does not start.
         """
         self._labels = {label: _watch(model.graph, label, value) for label, value in (watched or {}).items()}
         model.graph.sort()
@@ -64,7 +75,11 @@ class GraphRun:
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
         graph = ir.to_proto(model).SerializeToString()
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(graph, options, providers=_providers(device))
+        if device == "cuda" and self._session.get_providers()[0] != _CUDA:
+            raise ExportError(
+                "CUDA did not start in onnxruntime (its log says why); `deltamem doctor` shows what is missing"
+            )
         self._memory: Any = self._zeros("past_memory") if "past_memory" in self._inputs else None
         self.end_turn()
 
@@ -165,6 +180,21 @@ class GraphRun:
             zeros = np.zeros(sizes, np.uint16)
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, int(value.dtype.value))
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, value.dtype.numpy()))
+
+
+def has_cuda() -> bool:
+    """Whether this onnxruntime can run on a GPU, as far as it knows itself."""
+    return _CUDA in ort.get_available_providers()
+
+
+def _providers(device: str) -> list[Any]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    if not has_cuda():
+        raise ExportError(
+            "this onnxruntime has no CUDA provider; in its place install onnxruntime-gpu (pip install onnxruntime-gpu)"
+        )
+    return [(_CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"]
 
 
 def _watch(graph: ir.Graph, label: str, value: ir.Value) -> str:

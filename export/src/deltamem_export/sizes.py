@@ -60,7 +60,7 @@ def estimate(directory: Path, config: PretrainedConfig, precision: Precision, ch
         weights += precision.weight_bytes(*table)
     heads = getattr(text, "num_attention_heads", 1)
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    tables = getattr(text, "max_position_embeddings", 0) * head * (2 if precision.name in ("fp16", "bf16") else 4)
+    tables = getattr(text, "max_position_embeddings", 0) * head * (4 if precision.arithmetic == "fp32" else 2)
     weights += tables  # of RoPE
 
     disk = weights + _BASE_DISK

@@ -206,7 +206,7 @@ def _quantise_product(made: Any, node: ir.Node, source: torch.Tensor | Joined, f
         )
     ]
     scales = np.concatenate([found[0] for found in rest]).reshape(outputs, -1)
-    tensors.append(file.write(f"{name}_scales", ir.DataType.FLOAT, scales.shape, [scales]))
+    tensors.append(_scales(made, f"{name}_scales", scales, file))
     if len(rest[0]) > 1:
         zeros = np.concatenate([found[1] for found in rest]).reshape(outputs, -1)
         tensors.append(file.write(f"{name}_zero_points", ir.DataType.UINT8, zeros.shape, [zeros]))
@@ -268,13 +268,20 @@ def _quantise_gather(made: Any, node: ir.Node, source: torch.Tensor | Joined, fi
     kind = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
     tensors = [file.write(f"{name}_Q4", kind, [vocab, hidden], slabs())]
     scales = np.concatenate([found[0] for found in rest])
-    tensors.append(file.write(f"{name}_scales", ir.DataType.FLOAT, [vocab, blocks], [scales]))
+    tensors.append(_scales(made, f"{name}_scales", scales.reshape(vocab, blocks), file))
     if not symmetric:
         zeros = [found[1] for found in rest if found[1] is not None]
         tensors.append(file.write(f"{name}_zero_points", kind, [vocab, blocks], zeros))
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block}
     data, *others = tensors
     return _replace(made, node, "GatherBlockQuantized", f"{node.name}_Q4", [data, node.inputs[1], *others], attributes)
+
+
+def _scales(made: Any, name: str, scales: npt.NDArray[np.float32], file: DataFile) -> ir.ExternalTensor:
+    """Scales in the type of the activations that they meet."""
+    values = torch.from_numpy(np.ascontiguousarray(scales)).to(_TORCH[made.io_dtype])
+    raw = values.view(torch.uint8).numpy()
+    return file.write(name, made.io_dtype, scales.shape, [raw])
 
 
 def _replace(

@@ -20,6 +20,8 @@ _KINDS = {
     ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.INT8: "int8",
 }
+# What the nodes' names say where an attention is in standard operators.
+PLAIN = "/plain"
 PROJECTIONS = frozenset({"MatMul", "MatMulNBits"})
 # Between a projection and the attention there may be a bias, the split of a packed projection, a clip, norms of q and k
 # (in float32 where the rest is 16 bits wide), and RoPE.
@@ -89,26 +91,25 @@ def find_attentions(graph: ir.Graph, layers: Sequence[int]) -> dict[int, Attenti
 
 
 def find_attention(graph: ir.Graph, i: int) -> Attention:
-    """The attention of layer i is the node that takes past_key_values.{i}.key."""
+    """The attention of layer i is the node that takes past_key_values.{i}.key, or those that `plain.py` put in its place."""
     past = next((v for v in graph.inputs if v.name == f"past_key_values.{i}.key"), None)
     node = next((use.node for use in past.uses() if use.node.op_type == "GroupQueryAttention"), None) if past else None
-    if node is None:
+    taken = _taken(node) if node is not None else _taken_in_plain(graph, past)
+    if taken is None:
         raise ExportError(
             f"the built graph has no GroupQueryAttention on past_key_values.{i}.key; it cannot be grafted"
         )
 
     sites: dict[str, Site] = {}
     hidden = []
-    packed = node.inputs[1] is None
+    packed = taken.packed
     start = 0
-    for at, p in enumerate("qkv"):
-        value = node.inputs[0] if packed else node.inputs[at]
+    for p, value in zip("qkv", taken.values, strict=True):
         site, projection = _climb(value, i, p)
         hidden.append(projection.inputs[0])
         sites[p] = Site(site, start if packed else None)
         if packed:
-            kv = int_attribute(node, "kv_num_heads")
-            q = int_attribute(node, "num_heads")
+            q, kv = taken.heads, taken.kv_heads
             width = site.shape[-1] if site.shape is not None else None
             if not isinstance(width, int):
                 raise ExportError(
@@ -118,8 +119,44 @@ def find_attention(graph: ir.Graph, i: int) -> Attention:
             start += head * (q if p == "q" else kv)
     if any(value is not hidden[0] for value in hidden) or hidden[0] is None:
         raise ExportError(f"layer {i}: q, k and v are not projected from one value; the built graph cannot be grafted")
-    sites["o"] = Site(_descend(node.outputs[0], i))
+    sites["o"] = Site(_descend(taken.output, i))
     return Attention(hidden[0], sites)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What an attention takes for q, k and v, one packed value or three, and what it gives."""
+
+    values: tuple[ir.Value | None, ...]
+    packed: bool
+    heads: int
+    kv_heads: int
+    output: ir.Value
+
+
+def _taken(node: ir.Node) -> _Taken:
+    packed = node.inputs[1] is None
+    values = (node.inputs[0],) * 3 if packed else tuple(node.inputs[:3])
+    return _Taken(
+        values, packed, int_attribute(node, "num_heads"), int_attribute(node, "kv_num_heads"), node.outputs[0]
+    )
+
+
+def _taken_in_plain(graph: ir.Graph, past: ir.Value | None) -> _Taken | None:
+    """The same of an attention in standard operators, by the names that `plain.py` gives them."""
+    joins = [str(use.node.name) for use in past.uses() if use.node.op_type == "Concat"] if past is not None else []
+    prefix = next((name.removesuffix("/k/Concat") for name in joins if name.endswith(f"{PLAIN}/k/Concat")), None)
+    if prefix is None:
+        return None
+    own = {str(node.name).removeprefix(f"{prefix}/"): node for node in graph if str(node.name).startswith(f"{prefix}/")}
+    parts = [own[f"{p}/Reshape"] for p in "qkv"]
+    sizes = parts[0].inputs[1]
+    assert sizes is not None
+    assert sizes.const_value is not None
+    _, _, kv_heads, group, _ = (int(n) for n in sizes.const_value.numpy())
+    split = own.get("Split")
+    values = (split.inputs[0],) * 3 if split is not None else tuple(node.inputs[0] for node in parts)
+    return _Taken(values, split is not None, kv_heads * group, kv_heads, own["out"].outputs[0])
 
 
 def _climb(value: ir.Value | None, i: int, p: str) -> tuple[ir.Value, ir.Node]:

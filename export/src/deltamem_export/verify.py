@@ -51,13 +51,16 @@ from deltamem_export.probe import (
     watched_values,
 )
 from deltamem_export.reference import attach
-from deltamem_export.runner import GraphRun, Ids, Spans
+from deltamem_export.runner import GraphRun, Ids, Spans, has_cuda
 from deltamem_export.structure import find_attentions
 from deltamem_export.text import copy_text, text_digest
 from deltamem_export.weights import FAR, distances, weights_of
 
 # States are float32 whatever the precision; what reaches them is not. Relative to 1, or to the largest state.
-STATE_TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-5, "int8": 1e-5, "int4": 1e-5}
+STATE_TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-5}
+# By CUDA's operators: logits, states. float32 without TF32 sums in another order; bfloat16 is not widened there and has 3 bits less than
+# float16.
+_BY_CUDA = {"fp32": (2e-3, 1e-4), "fp16": (TOLERANCES["fp16"], STATE_TOLERANCES["fp16"]), "bf16": (8e-1, 8e-2)}
 # The fused graph beside the portable one, in the runtime: the same in float32; over weights in blocks the memory's own are in 16 bits.
 # Logits and states, relative as above.
 _FUSED = {"fp32": (1e-4, 1e-5), "int8": (2e-2, 5e-3), "int4": (2e-2, 5e-3)}
@@ -66,6 +69,7 @@ MIN_TOKENS = 16
 # A window is passed without being asked only if that takes no more tokens than this.
 _MOST_TOKENS = 1024
 _STEPS = 8
+_DIGEST = 64
 _DOUBTFUL = 10.0
 
 Float32 = npt.NDArray[np.float32]
@@ -106,7 +110,9 @@ class Report:
 
     Attributes:
         bundle, backbone, adapter: the paths.
-        precision: the bundle's, as in its fingerprint (`int4/32/4`) where the backbone is the bundle's own.
+        precision: the compared graph's, with all its settings (`int4/32/4`).
+        device: what the compared graph is for.
+        run_by: what ran it, `cpu` or `cuda`.
         tokens: how many were compared.
         calls: each call in words.
         identity: what is not the checkpoint that was exported, in words; empty if all of it is.
@@ -133,6 +139,8 @@ class Report:
     first: str | None
     notes: tuple[str, ...]
     fused: tuple[Apart, Apart] | None = None
+    device: str = "cpu"
+    run_by: str = "cpu"
 
     @property
     def computes_the_same(self) -> bool:
@@ -159,8 +167,9 @@ class Report:
         return json.dumps(_finite(found), ensure_ascii=False, indent=2)
 
     def __str__(self) -> str:
+        where = "" if self.device == "cpu" else f" for {self.device}, run by {self.run_by}"
         lines = [
-            f"bundle     {self.bundle} ({self.precision})",
+            f"bundle     {self.bundle} ({self.precision}{where})",
             f"backbone   {self.backbone}",
             f"adapter    {self.adapter}",
             "identity   " + ("\n           ".join(self.identity) or "the checkpoint that was exported"),
@@ -196,6 +205,7 @@ def verify(
     *,
     text: str | None = None,
     tokens: int | None = None,
+    device: str | None = None,
     say: Say = lambda _: None,
 ) -> Report:
     """Compares a bundle with the checkpoint it was made from.
@@ -206,6 +216,8 @@ def verify(
         adapter: the adapter's folder, or one in memory.
         text: run through the bundle's tokenizer; pseudo-random ids if there is none.
         tokens: the most tokens to compare; all of the text, or 160 (and more than a small window), if not given.
+        device: whose graph to compare, where the bundle has several: `cpu` or `cuda`; its first if not given. The graph for CUDA is
+            run by CUDA where this onnxruntime has it, else by the CPU, which the report says.
         say: gets a line before each long step.
 
     Raises:
@@ -214,7 +226,10 @@ def verify(
     """
     directory = Path(bundle)
     found = manifest.read(directory)
-    graph, kv_dtype = directory / found["graph"]["file"], found["graph"]["kv_dtype"]
+    device = device or manifest.graphs(found)[0]["device"]
+    entry = manifest.graph_on(found, device)
+    run_by = "cuda" if device == "cuda" and has_cuda() else "cpu"
+    graph = directory / entry["file"]
     if not graph.is_file():
         raise FileNotFoundError(f"{graph}: not found; the bundle is not whole")
     say("hashing the bundle's files")
@@ -223,9 +238,8 @@ def verify(
     body = Backbone.load(backbone, any_family=True)
     memory = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     layers = memory.check_backbone(body.shapes)
-    precision = _precision(body, found, graph)
-    identity += _strangers(directory, found, body, memory, layers, precision)
-    precision = precision or Precision(found["precision"], kv="int8" if kv_dtype == "int8" else "float")
+    identity += strangers(directory, found, body, memory, layers)
+    precision = _precision(entry, fingerprint_setting(directory, found, body), device)
     report = Report(
         bundle=str(directory),
         backbone=str(backbone),
@@ -240,6 +254,8 @@ def verify(
         layers=(),
         first=None,
         notes=(),
+        device=device,
+        run_by=run_by,
     )
     if not _comparable(found, body, memory, layers):
         return report
@@ -250,7 +266,11 @@ def verify(
         notes.append(
             "the KV cache was compared in the type of the activations: 8 bits round it, which the reference does not"
         )
-    if precision.name == "bf16":
+    if device == "cuda" and run_by == "cpu":
+        notes.append(
+            "this onnxruntime has no CUDA, so the CPU ran the graph for it: CUDA's own operators were not compared"
+        )
+    if precision.name == "bf16" and run_by == "cpu":
         notes.append("bfloat16 was widened to float32: the CPU has none")
     turns = _turns(ids, memory.config.writes_spans)
     wrong = _wrong_blocks(graph, body, precision)
@@ -260,20 +280,21 @@ def verify(
     sizes = (body.geometry.num_kv_heads, body.geometry.head_dim)
     del body
     gc.collect()
-    got, inside = _bundle(graph, precision, sizes, turns, layers, say)
+    got, inside = _bundle(graph, precision, sizes, turns, layers, run_by, say)
 
-    logits, states = _judge(want, got, precision)
-    if not (logits.good and states.good) and logits.doubtful and states.doubtful and precision.name != "fp16":
+    logits, states = _judge(want, got, precision, run_by)
+    exactly = run_by == "cpu" and precision.arithmetic != "fp16"
+    if not (logits.good and states.good) and logits.doubtful and states.doubtful and exactly:
         exact = _exact(backbone, reference, say)
         if exact is None:
             notes.append(
                 "over by little, and there is no memory to tell with a reference in float64 whose rounding it is"
             )
         else:
-            own = _judge(exact, want, precision)
+            own = _judge(exact, want, precision, run_by)
             logits, states = (
                 replace(found, tolerance=max(found.tolerance or 0.0, 2 * rounding.max))
-                for found, rounding in zip(_judge(exact, got, precision), own, strict=True)
+                for found, rounding in zip(_judge(exact, got, precision, run_by), own, strict=True)
             )
             notes.append(
                 f"over by little, so held to the reference in float64; the one in float32 is {own[0].max:.2g} (logits) and "
@@ -284,10 +305,10 @@ def verify(
         differences.add(expected, values)
     first = None
     if not (logits.good and states.good) or wrong:
-        at = differences.first(TOLERANCES[precision.name] / LARGE)
+        at = differences.first(_limits(precision, run_by)[0] / LARGE)
         first = "; ".join(wrong) or (differences.where(at.place) if at else "no place inside; only the sum is over")
     fused = None
-    if found["graph"].get("fused_file") is not None:
+    if device == "cpu" and found["graph"].get("fused_file") is not None:
         say("running the fused graph in the runtime")
         fused, note = _fused(directory, turns, precision)
         notes += [note] if note else []
@@ -322,10 +343,18 @@ def _damaged(directory: Path, files: Mapping[str, Any]) -> Iterator[str]:
             yield f"the bundle's {name} is not the file that was exported: its bytes have changed"
 
 
-def _precision(body: Backbone, found: Mapping[str, Any], graph: Path) -> Precision | None:
-    """The bundle's precision with all its options: the one under which this backbone has the bundle's digest. None if no
-    one has: it is another backbone."""
-    name, wanted = found["precision"], found["fingerprint_parts"]["backbone"]
+def fingerprint_setting(directory: Path, found: Mapping[str, Any], body: Backbone) -> str | None:
+    """The setting at which this backbone has the digest that the bundle's fingerprint was made of; None: it is another backbone."""
+    said = found.get("fingerprint_setting")
+    for setting in [said] if said else _possible_settings(found, directory / found["graph"]["file"]):
+        if body.digest(setting) == found["fingerprint_parts"]["backbone"]:
+            return str(setting)
+    return None
+
+
+def _possible_settings(found: Mapping[str, Any], graph: Path) -> Iterator[str]:
+    """What an older exporter, which did not say it, may have taken the digest with."""
+    name = found["precision"]
     scales = read_scales(graph) if found["graph"]["kv_dtype"] == "int8" else None
     kv = "float" if scales is None else "int8"
     # Without blocks, what blocks can be is left at its defaults.
@@ -337,23 +366,41 @@ def _precision(body: Backbone, found: Mapping[str, Any], graph: Path) -> Precisi
             precision = Precision(name, *options, kv)
         except ExportError:  # two options that exclude each other
             continue
-        setting = precision.setting if scales is None else f"{precision.setting}/{scales.digest}"
-        if body.digest(setting) == wanted:
-            return precision
-    return None
+        yield precision.setting if scales is None else f"{precision.setting}/{scales.digest}"
+
+
+def _precision(entry: Mapping[str, Any], setting: str | None, device: str) -> Precision:
+    """A graph's precision with all its options; of an older bundle, which says its name alone, what the fingerprint was made with."""
+    name, kv = entry["precision"], "int8" if entry["kv_dtype"] == "int8" else "float"
+    said = entry["precision_setting"]
+    if "/" not in said and Precision(name).quantised:
+        said = setting
+    device = "" if name in ("fp16", "bf16") else device
+    if said is None:
+        return Precision(name, kv=kv, device=device)
+    parts = said.split("/")
+    return Precision.parse("/".join(part for part in parts if len(part) < _DIGEST), device)
+
+
+def strangers(
+    directory: Path, found: Mapping[str, Any], body: Backbone, memory: Adapter, layers: Sequence[int]
+) -> list[str]:
+    """Which parts of a bundle's fingerprint are not those of this backbone and adapter, in words.
+
+    Args:
+        directory: the bundle's.
+        found: its manifest.
+        body, memory: the two.
+        layers: those that carry a memory.
+    """
+    return list(_strangers(directory, found, body, memory, layers))
 
 
 def _strangers(
-    directory: Path,
-    found: Mapping[str, Any],
-    body: Backbone,
-    memory: Adapter,
-    layers: Sequence[int],
-    precision: Precision | None,
+    directory: Path, found: Mapping[str, Any], body: Backbone, memory: Adapter, layers: Sequence[int]
 ) -> Iterator[str]:
-    """Which parts of the fingerprint are not those of this backbone and adapter, in words."""
     parts = found["fingerprint_parts"]
-    if precision is None:
+    if fingerprint_setting(directory, found, body) is None:
         yield "the backbone's weights are not those that were exported (their digest differs)"
     if adapter_digest(memory) != parts["adapter"]:
         yield "the adapter's tensors are not those that were exported (their digest differs)"
@@ -572,6 +619,7 @@ def _bundle(
     sizes: tuple[int, int],
     turns: Sequence[Sequence[_Call]],
     layers: Sequence[int],
+    run_by: str,
     say: Say,
 ) -> tuple[list[dict[Place, Float32]], list[dict[Place, Float32]]]:
     """Logits and states of the graph as it is, and every place of the same graph with more outputs, which ONNX Runtime may
@@ -581,14 +629,19 @@ def _bundle(
         ExportError: ONNX Runtime cannot run it.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if precision.name == "bf16" else graph.parent
+        widened = precision.name == "bf16" and run_by == "cpu"
+        folder = Path(scratch) if widened else graph.parent
+
+        def load() -> ir.Model:
+            return _load(graph, precision, Path(scratch)) if run_by == "cpu" else ir.load(graph)
+
         try:
             say("running the bundle")
-            got = list(_run(GraphRun(_load(graph, precision, Path(scratch)), folder, sizes), turns, layers))
+            got = list(_run(GraphRun(load(), folder, sizes, device=run_by), turns, layers))
             say("running the bundle once more, looking inside")
-            model = _load(graph, precision, Path(scratch))
+            model = load()
             places = _places(model.graph, layers)
-            inside = GraphRun(model, folder, sizes, watched_values(places))
+            inside = GraphRun(model, folder, sizes, watched_values(places), device=run_by)
             return got, list(_run(inside, turns, layers, places))
         except (ExportError, OSError):
             raise
@@ -633,14 +686,23 @@ def _places(graph: ir.Graph, layers: Sequence[int]) -> dict[Place, Any]:
 # ---------------------------------------------------------------------- how far apart
 
 
+def _limits(precision: Precision, run_by: str) -> tuple[float, float]:
+    """The tolerances of logits and of states."""
+    kind = precision.arithmetic
+    return _BY_CUDA[kind] if run_by == "cuda" else (TOLERANCES[kind], STATE_TOLERANCES[kind])
+
+
 def _judge(
-    want: Sequence[Mapping[Place, Float32]], got: Sequence[Mapping[Place, Float32]], precision: Precision
+    want: Sequence[Mapping[Place, Float32]],
+    got: Sequence[Mapping[Place, Float32]],
+    precision: Precision,
+    run_by: str,
 ) -> tuple[Apart, Apart]:
     """Logits and states of all calls."""
     found = Differences()
     for expected, values in zip(want, got, strict=True):
         found.add({p: v for p, v in expected.items() if p.what in (LOGITS, STATE)}, values)
-    limits = TOLERANCES[precision.name], STATE_TOLERANCES[precision.name]
+    limits = _limits(precision, run_by)
     states = [_apart(d, limits[1], 1.0) for place, d in found.places.items() if place.what == STATE]
     return _apart(found.places[_LOGITS], limits[0], LARGE), _worst(states)
 

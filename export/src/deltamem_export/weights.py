@@ -63,15 +63,15 @@ def weights_of(
         setattr(module, name, nn.Parameter(value, requires_grad=False))
 
     try:
-        if precision.name in _SIXTEEN:
-            kind = _SIXTEEN[precision.name]
+        if precision.arithmetic in _SIXTEEN:
+            kind = _SIXTEEN[precision.arithmetic]
             for module in model.modules():
                 if own is None or id(module) in own:
                     for name, parameter in list(module.named_parameters(recurse=False)):
                         put(module, name, parameter.to(kind).float())
                 if type(module).__name__.endswith("RotaryEmbedding"):
                     hooks.append(module.register_forward_hook(lambda _m, _i, out: _rounded(out, kind)))
-        elif precision.quantised:
+        if precision.quantised:
 
             def wanted(node: str, source: str | None) -> bool:
                 return own is None or any(id(module) in own for module, *_ in _rows(model, node, source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,11 +47,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        type=device,
+        metavar="DEVICE",
         default="auto",
-        help="where to run (default: %(default)s)",
+        help="where to run: auto, cpu, cuda, or cuda:1 for the second card (default: %(default)s)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="threads for the model (default: the machine's)")
+
+
+def device(text: str) -> str:
+    """The type of --device."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected auto, cpu, cuda or cuda:N")
+    return text
 
 
 def load_model(options: argparse.Namespace) -> Model:

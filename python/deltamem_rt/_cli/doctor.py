@@ -12,7 +12,7 @@ from typing import Any
 
 from deltamem_rt import _native
 from deltamem_rt._default import default_bundle
-from deltamem_rt._onnxruntime import ENVIRONMENT_VARIABLE, find_library
+from deltamem_rt._onnxruntime import ENVIRONMENT_VARIABLE, find_library, open_cuda_libraries
 from deltamem_rt.errors import DeltaMemError
 
 from .arguments import Commands
@@ -24,7 +24,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="say what is installed, and whether a model can run",
-        description="Prints versions, the ONNX Runtime library and its providers, the processor's vector extensions and threads. "
+        description="Prints versions, the ONNX Runtime library and its providers, whether a card answers and what device='auto' takes, the "
+        "processor's vector extensions and threads. "
         "Exit code 1: no model can run here, and the last line says why.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -59,7 +60,13 @@ def examine() -> dict[str, Any]:
             "ort_version": library.version,
             "ort_library": str(library.path),
         }
+        report["cuda_libraries"] = [str(path) for path in open_cuda_libraries(library.path)]
         report |= _native.doctor(library.path)
+        report["auto"] = (
+            "cuda:0 for a bundle with a graph for CUDA, else cpu"
+            if report["cuda"]
+            else "cpu: no card answers, see CUDA above"
+        )
         report["ok"] = True
     except DeltaMemError as error:
         report["problem"] = str(error)
@@ -105,6 +112,8 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         ("library", known("ort_library")),
         ("build", known("ort_build")),
         ("providers", known("providers")),
+        ("CUDA", known("cuda_says")),
+        ("device='auto'", known("auto")),
         ("CPU features", known("cpu_features")),
         ("memory kernel", known("kernel")),
         ("threads", known("threads")),

@@ -105,13 +105,17 @@ def _show_bundle(path: Path, manifest: dict[str, Any], problems: list[str], term
             f"{memory.get('gates', '?')}, alpha {memory.get('alpha', '?')}, corrects {', '.join(memory.get('delta_heads') or ['?'])}",
         ),
         ("writes", _WRITES.get(str(memory.get("write_granularity")), str(memory.get("write_granularity", "?")))),
-        ("precision", str(manifest.get("precision", "?"))),
-        ("inside a turn", _turn(graph)),
+        *_graph(manifest, graph),
         (
             "text",
             f"yes{'' if text.get('chat_template') else ', without a chat template'}" if text else "no: token ids only",
         ),
-        ("checked", _checked(_section(manifest, "check"))),
+        *(
+            row
+            for further in manifest.get("graphs") or []
+            if isinstance(further, dict)
+            for row in _graph(further, further, f" on {further.get('device', '?')}")
+        ),
         (
             "made by",
             ", ".join(f"{name} {version}" for name, version in _section(manifest, "made_by").items()) or "-",
@@ -125,6 +129,20 @@ def _show_bundle(path: Path, manifest: dict[str, Any], problems: list[str], term
         terminal.line(line)
     for problem in problems:
         terminal.line(terminal.bad(f"  {problem}"))
+
+
+def _graph(said: dict[str, Any], graph: dict[str, Any], where: str = "") -> list[tuple[str, str]]:
+    """A graph's rows. said: where its precision and its check stand."""
+    precision = str(said.get("precision", "?"))
+    device = graph.get("device", "cuda" if precision == "bf16" else "cpu")
+    checked, more = _checked(_section(said, "check")), graph.get("not_checked")
+    if more and not said.get("check"):
+        checked, more = f"no: {more}", None
+    return [
+        (f"precision{where}", precision if where else f"{precision}, for {device}"),
+        (f"inside a turn{where}", _turn(graph)),
+        (f"checked{where}", f"{checked}; {more}" if more else checked),
+    ]
 
 
 def _turn(graph: dict[str, Any]) -> str:

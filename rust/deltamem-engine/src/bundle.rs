@@ -54,9 +54,12 @@ pub struct Manifest {
     pub backbone: Backbone,
     /// The memory and its rule.
     pub memory: Memory,
-    /// The graph's files and its cache.
+    /// The first graph: the processor's if there is one. [`Bundle::on`] puts another in its place.
     pub graph: Graph,
-    /// The precision that the backbone was exported in: `fp32`, `fp16`, `bf16` or `int4`.
+    /// The graphs for further devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub graphs: Vec<Graph>,
+    /// The precision that the backbone was exported in for `graph`: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
     pub precision: String,
     /// Special tokens.
     pub tokens: SpecialTokens,
@@ -195,10 +198,54 @@ impl WriteGranularity {
     }
 }
 
-/// The graph's files and its KV cache.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A device that a graph can be for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GraphDevice {
+    /// The processor.
+    Cpu,
+    /// A GPU by CUDA.
+    Cuda,
+}
+
+impl GraphDevice {
+    /// The word for it: `cpu` or `cuda`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+impl std::fmt::Display for GraphDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A graph's files and its KV cache.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(clippy::struct_excessive_bools)] // the file has them
 pub struct Graph {
+    /// What it was exported for; [`Manifest::device`] knows what a missing one means.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<GraphDevice>,
+    /// The precision of its backbone, in a further graph; that of the first stands in the manifest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<String>,
+    /// What the exporter compared it with, in a further graph; that of the first stands in the manifest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<Check>,
+    /// Why it was not compared, or what of it could not be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_checked: Option<String>,
+    /// Every file that it needs; several graphs may share one. Empty in older bundles.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
+    /// The type of its logits, `float32`.
+    #[serde(default)]
+    pub logits_dtype: ElementType,
     /// The graph.
     pub file: String,
     /// The same graph with the input `strength` and the outputs `delta_energy`, `queries` and `gates`.
@@ -230,11 +277,12 @@ pub struct Graph {
 }
 
 /// A type of numbers in the graph.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum ElementType {
     /// 32-bit floats.
+    #[default]
     Float32,
     /// 16-bit floats (IEEE).
     Float16,
@@ -407,6 +455,22 @@ pub enum BundleError {
         /// What was expected.
         expected: String,
     },
+    /// The bundle has no graph for a device.
+    #[error(
+        "{MANIFEST}: the bundle's graphs are for {}, not for {device}; add one with `deltamem-export bundle --backbone DIR --adapter DIR \
+         --device {device}{} --into {}`",
+        found.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and "),
+        if *device == GraphDevice::Cuda { " --precision fp16" } else { "" },
+        path.display()
+    )]
+    NoGraph {
+        /// The bundle's directory.
+        path: PathBuf,
+        /// The device asked for.
+        device: GraphDevice,
+        /// The devices that it has graphs for.
+        found: Vec<GraphDevice>,
+    },
     /// The manifest is whole, but says what cannot be.
     #[error("{MANIFEST}: {field} is {found}, expected {expected}; export the bundle again")]
     Inconsistent {
@@ -456,6 +520,23 @@ impl Bundle {
         })
     }
 
+    /// The bundle with the graph for `device` in the place of the first one: `manifest().graph`, `.precision` and `.check` are that graph's,
+    /// and the graph that stood there is among `manifest().graphs`. The fingerprint is the bundle's, so memories go from one to the other.
+    ///
+    /// # Errors
+    /// [`BundleError::NoGraph`] for a device that the bundle has no graph for.
+    pub fn on(mut self, device: GraphDevice) -> Result<Self, BundleError> {
+        if self.manifest.put_first(device) {
+            Ok(self)
+        } else {
+            Err(BundleError::NoGraph {
+                found: self.manifest.devices(),
+                path: self.dir,
+                device,
+            })
+        }
+    }
+
     /// The manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -479,6 +560,59 @@ impl Bundle {
     /// Which memories the bundle may load.
     pub fn fingerprint(&self) -> Fingerprint {
         self.manifest.fingerprint
+    }
+}
+
+impl Manifest {
+    /// The precision that runs on both devices: its operators exist for both.
+    const ON_BOTH: &'static str = "fp16";
+
+    /// What a graph of this bundle was exported for: what it says, or what older exporters meant, who did not.
+    pub fn device(&self, graph: &Graph) -> GraphDevice {
+        graph.device.unwrap_or(match self.precision_of(graph) {
+            "bf16" => GraphDevice::Cuda,
+            _ => GraphDevice::Cpu,
+        })
+    }
+
+    /// The precision of a graph of this bundle.
+    pub fn precision_of<'a>(&'a self, graph: &'a Graph) -> &'a str {
+        graph.precision.as_deref().unwrap_or(&self.precision)
+    }
+
+    /// The graph for a device: its own, or one that runs on both.
+    pub fn graph_on(&self, device: GraphDevice) -> Option<&Graph> {
+        let mut all = std::iter::once(&self.graph).chain(&self.graphs);
+        let own = all.clone().find(|graph| self.device(graph) == device);
+        own.or_else(|| all.find(|graph| self.precision_of(graph) == Self::ON_BOTH))
+    }
+
+    /// The devices that the bundle has a graph for.
+    pub fn devices(&self) -> Vec<GraphDevice> {
+        let all = [GraphDevice::Cpu, GraphDevice::Cuda];
+        all.into_iter()
+            .filter(|&device| self.graph_on(device).is_some())
+            .collect()
+    }
+
+    /// Puts the graph for a device first, with what the manifest says of the first graph outside it; false: there is none.
+    fn put_first(&mut self, device: GraphDevice) -> bool {
+        let Some(wanted) = self.graph_on(device) else {
+            return false;
+        };
+        if let Some(at) = self.graphs.iter().position(|graph| graph == wanted) {
+            // Each graph says all of itself before they change places.
+            self.graph.device = Some(self.device(&self.graph));
+            let mut next = self.graphs[at].clone();
+            next.device = Some(self.device(&next));
+            let precision = next.precision.take();
+            let precision = precision.unwrap_or_else(|| self.precision.clone());
+            let mut first = std::mem::replace(&mut self.graph, next);
+            first.precision = Some(std::mem::replace(&mut self.precision, precision));
+            first.check = std::mem::replace(&mut self.check, self.graph.check.take());
+            self.graphs[at] = first;
+        }
+        true
     }
 }
 
@@ -658,13 +792,7 @@ fn check_consistency(manifest: &Manifest) -> Result<Geometry, BundleError> {
     }
     check_backbone(&manifest.backbone)?;
     let geometry = check_memory(&manifest.memory, &manifest.backbone)?;
-    ascending(
-        "graph.kv_layers",
-        &manifest.graph.kv_layers,
-        manifest.backbone.num_layers,
-    )?;
-    check_spans(manifest)?;
-    check_states(&manifest.graph.states)?;
+    check_graphs(manifest)?;
     check_tokens(manifest)?;
     check_names(manifest)?;
     if let Some(health) = &manifest.health {
@@ -722,17 +850,53 @@ fn check_memory(memory: &Memory, backbone: &Backbone) -> Result<Geometry, Bundle
     Ok(geometry)
 }
 
-fn check_spans(manifest: &Manifest) -> Result<(), BundleError> {
-    let granularity = manifest.memory.write_granularity;
-    let expected = match (granularity, manifest.graph.span_width) {
+/// A bundle's graphs, first to last, and what the manifest calls each.
+fn graphs(manifest: &Manifest) -> impl Iterator<Item = (String, &Graph)> {
+    let further = manifest.graphs.iter().enumerate();
+    std::iter::once(("graph".to_owned(), &manifest.graph))
+        .chain(further.map(|(at, graph)| (format!("graphs[{at}]"), graph)))
+}
+
+fn check_graphs(manifest: &Manifest) -> Result<(), BundleError> {
+    let mut devices = std::collections::BTreeSet::new();
+    for (at, graph) in graphs(manifest) {
+        let device = manifest.device(graph);
+        if !devices.insert(device) {
+            return Err(inconsistent(
+                &format!("{at}.device"),
+                device,
+                "a device that no other graph of the bundle is for",
+            ));
+        }
+        if graph.logits_dtype != ElementType::Float32 {
+            return Err(inconsistent(
+                &format!("{at}.logits_dtype"),
+                format!("{:?}", graph.logits_dtype).to_lowercase(),
+                "float32",
+            ));
+        }
+        ascending(
+            &format!("{at}.kv_layers"),
+            &graph.kv_layers,
+            manifest.backbone.num_layers,
+        )?;
+        check_spans(manifest.memory.write_granularity, &at, graph)?;
+        check_states(&at, &graph.states)?;
+    }
+    Ok(())
+}
+
+fn check_spans(granularity: WriteGranularity, at: &str, graph: &Graph) -> Result<(), BundleError> {
+    let expected = match (granularity, graph.span_width) {
         (WriteGranularity::Token, Some(_)) => "null".to_owned(),
         (WriteGranularity::Token, None) | (_, Some(1..=MAX_SIZE)) => return Ok(()),
         (..) => format!("1 to {MAX_SIZE}"),
     };
-    let found = manifest.graph.span_width;
     Err(inconsistent(
-        "graph.span_width",
-        found.map_or_else(|| "null".to_owned(), |width| width.to_string()),
+        &format!("{at}.span_width"),
+        graph
+            .span_width
+            .map_or_else(|| "null".to_owned(), |width| width.to_string()),
         format!(
             "{expected}, since memory.write_granularity is {}",
             granularity.as_str()
@@ -740,10 +904,10 @@ fn check_spans(manifest: &Manifest) -> Result<(), BundleError> {
     ))
 }
 
-fn check_states(states: &[TurnState]) -> Result<(), BundleError> {
+fn check_states(at: &str, states: &[TurnState]) -> Result<(), BundleError> {
     if states.len() > MAX_STATES {
         return Err(inconsistent(
-            "graph.states",
+            &format!("{at}.states"),
             format!("{} states", states.len()),
             format!("at most {MAX_STATES}"),
         ));
@@ -753,7 +917,7 @@ fn check_states(states: &[TurnState]) -> Result<(), BundleError> {
         for (part, name) in [("input", &state.input), ("output", &state.output)] {
             if name.is_empty() || name.contains('\0') || !names.insert(name) {
                 return Err(inconsistent(
-                    &format!("graph.states[{index}].{part}"),
+                    &format!("{at}.states[{index}].{part}"),
                     format!("{name:.80?}"),
                     "a name of the graph that no other state has",
                 ));
@@ -761,7 +925,7 @@ fn check_states(states: &[TurnState]) -> Result<(), BundleError> {
         }
         if state.dtype == ElementType::Int8 {
             return Err(inconsistent(
-                &format!("graph.states[{index}].dtype"),
+                &format!("{at}.states[{index}].dtype"),
                 "int8",
                 "float32, float16 or bfloat16",
             ));
@@ -774,7 +938,7 @@ fn check_states(states: &[TurnState]) -> Result<(), BundleError> {
             || numbers.is_none_or(|numbers| numbers == 0 || numbers > MAX_SIZE)
         {
             return Err(inconsistent(
-                &format!("graph.states[{index}].shape"),
+                &format!("{at}.states[{index}].shape"),
                 format!("{:.200}", format!("{:?}", state.shape)),
                 format!("at most {MAX_STATE_RANK} sizes, 1 to {MAX_SIZE} numbers in all"),
             ));
@@ -828,21 +992,25 @@ fn check_names(manifest: &Manifest) -> Result<(), BundleError> {
         }
     }
     let text = manifest.text.as_ref();
-    for (field, name) in [
-        ("graph.file", Some(&manifest.graph.file)),
-        ("graph.measured_file", manifest.graph.measured_file.as_ref()),
-        ("graph.fused_file", manifest.graph.fused_file.as_ref()),
-        ("text.tokenizer", text.map(|text| &text.tokenizer)),
+    let mut named = vec![
+        ("text.tokenizer".to_owned(), text.map(|text| &text.tokenizer)),
         (
-            "text.chat_template",
+            "text.chat_template".to_owned(),
             text.and_then(|text| text.chat_template.as_ref()),
         ),
-    ] {
+    ];
+    for (at, graph) in graphs(manifest) {
+        named.push((format!("{at}.file"), Some(&graph.file)));
+        named.push((format!("{at}.measured_file"), graph.measured_file.as_ref()));
+        named.push((format!("{at}.fused_file"), graph.fused_file.as_ref()));
+        named.extend(graph.files.iter().map(|name| (format!("{at}.files"), Some(name))));
+    }
+    for (field, name) in named {
         if let Some(name) = name
             && !manifest.files.contains_key(name)
         {
             return Err(inconsistent(
-                field,
+                &field,
                 format!("{name:.80?}"),
                 "a file that `files` lists",
             ));

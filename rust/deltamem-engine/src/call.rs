@@ -1,5 +1,5 @@
-//! One run of a graph: named tensors over memory that the caller owns, in and out, without a copy. Outside this file a run is safe Rust. It knows
-//! nothing of what the tensors mean.
+//! One run of a graph: named tensors over memory that the caller owns, the host's or a device's, in and out, without a copy. Outside this file a
+//! run is safe Rust. It knows nothing of what the tensors mean.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
@@ -10,6 +10,7 @@ use ort::session::Session;
 use ort::sys;
 use ort::value::TensorElementType;
 
+use crate::device::{DeviceBuffer, WORD};
 use crate::error::{EngineError, Result};
 
 /// A Rust number that ONNX Runtime has a type for.
@@ -45,6 +46,7 @@ impl<'a> Tensor<'a> {
             size_of::<T>(),
             shape,
             T::TYPE,
+            cpu_memory()?.0.as_ptr(),
         )
     }
 
@@ -56,6 +58,7 @@ impl<'a> Tensor<'a> {
             size_of::<T>(),
             shape,
             T::TYPE,
+            cpu_memory()?.0.as_ptr(),
         )
     }
 
@@ -72,6 +75,51 @@ impl<'a> Tensor<'a> {
             element_bytes,
             shape,
             element,
+            cpu_memory()?.0.as_ptr(),
+        )
+    }
+
+    /// A tensor of any element type over `bytes` bytes of a device's buffer from `start` on. Whoever has it written by a run is the only one
+    /// who knows of those bytes, or holds the buffer exclusively.
+    pub(crate) fn device(
+        buffer: &'a DeviceBuffer,
+        start: usize,
+        bytes: usize,
+        shape: &[usize],
+        element: TensorElementType,
+        element_bytes: usize,
+    ) -> Result<Self> {
+        if start.checked_add(bytes).is_none_or(|end| end > buffer.len()) {
+            return Err(EngineError::Onnx {
+                doing: "describing a tensor",
+                message: format!(
+                    "{bytes} bytes from {start} on are not in a buffer of {}",
+                    buffer.len()
+                ),
+            });
+        }
+        Self::over(
+            buffer.address().as_ptr().wrapping_add(start).cast(),
+            bytes,
+            element_bytes,
+            shape,
+            element,
+            buffer.memory().info().ptr(),
+        )
+    }
+
+    /// The same in int32, for what is moved and not looked at.
+    pub(crate) fn words(buffer: &'a DeviceBuffer, start: usize, shape: &[usize]) -> Result<Self> {
+        let words = shape
+            .iter()
+            .try_fold(WORD, |product, &dim| product.checked_mul(dim));
+        Self::device(
+            buffer,
+            start,
+            words.unwrap_or(usize::MAX),
+            shape,
+            TensorElementType::Int32,
+            WORD,
         )
     }
 
@@ -82,6 +130,7 @@ impl<'a> Tensor<'a> {
         element_bytes: usize,
         shape: &[usize],
         ty: TensorElementType,
+        memory: *const sys::OrtMemoryInfo,
     ) -> Result<Self> {
         let expected = shape
             .iter()
@@ -99,11 +148,12 @@ impl<'a> Tensor<'a> {
             *dim = i64::try_from(size).unwrap_or(i64::MAX);
         }
         let mut value = std::ptr::null_mut();
-        // SAFETY: `data` is valid for `bytes` bytes for as long as the borrow in `Self` lives, the shape was just checked to fill
-        // exactly that many, `dims` holds `shape.len()` ≤ 8 numbers, and the memory info is the process's own for CPU memory.
+        // SAFETY: `data` is valid for `bytes` bytes of the memory described for as long as the borrow in `Self` lives, the shape was just
+        // checked to fill exactly that many, `dims` holds `shape.len()` ≤ 8 numbers, and the memory info is the process's own for CPU memory
+        // or that of the buffer's allocator, which the buffer keeps.
         let status = unsafe {
             (ort::api().CreateTensorWithDataAsOrtValue)(
-                cpu_memory()?.0.as_ptr(),
+                memory,
                 data,
                 bytes,
                 dims.as_ptr(),

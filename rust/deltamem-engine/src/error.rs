@@ -47,6 +47,10 @@ pub enum EngineError {
         message: String,
     },
 
+    /// A device that is not there, is full, or fails.
+    #[error("{0}")]
+    Device(String),
+
     /// A token id outside the vocabulary.
     #[error("token id {id} at index {index} is outside the vocabulary of {vocab} (valid: 0 to {}); was it made by another tokenizer?", vocab - 1)]
     TokenOutOfRange {
@@ -112,6 +116,7 @@ impl EngineError {
                 doing,
                 message: message.clone(),
             },
+            Self::Device(message) => Self::Device(message.clone()),
             other => Self::Session(other.to_string()),
         }
     }

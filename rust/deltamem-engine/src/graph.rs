@@ -7,10 +7,14 @@ use std::ffi::CString;
 use ort::session::{Session as OnnxSession, builder::GraphOptimizationLevel};
 use ort::value::{Outlet, TensorElementType, ValueType};
 
+use crate::buffer::Part;
 use crate::bundle::{Bundle, ElementType, Manifest};
 use crate::call::{Call, Tensor};
+use crate::device::DeviceBuffer;
+use crate::device::provider::Provider;
 use crate::error::{EngineError, Result};
 use crate::kv::KvTensor;
+use crate::memory::{Numbers, NumbersMut};
 use crate::model::{LoadOptions, Model};
 use crate::operator;
 use crate::runtime::Runtime;
@@ -62,9 +66,9 @@ pub(crate) struct Run<'a> {
     /// Which logits are wanted, as rows b·T + t.
     pub(crate) rows: Rows<'a>,
     /// The states before, float32 [B, layers, heads, r, r].
-    pub(crate) past_memory: &'a [f32],
+    pub(crate) past_memory: Numbers<'a>,
     /// Where the states after go.
-    pub(crate) present_memory: &'a mut [f32],
+    pub(crate) present_memory: NumbersMut<'a>,
     /// What the turns carry, with room for the tokens.
     pub(crate) turn: TurnTensors<'a>,
     /// What the corrections are multiplied by; other than 1 it takes the measured graph.
@@ -186,6 +190,7 @@ impl Graph {
         bundle: &Bundle,
         options: &LoadOptions,
         names: &Names,
+        provider: Option<Provider>,
         measured: bool,
     ) -> Result<Self> {
         let graph = &bundle.manifest().graph;
@@ -222,9 +227,16 @@ impl Graph {
                 .with_intra_threads(options.threads)
                 .map_err(EngineError::onnx("setting the number of threads"))?;
         }
+        if let Some(provider) = provider {
+            builder = provider.register(builder)?;
+        }
         let session = builder
             .commit_from_file(bundle.path(file))
-            .map_err(EngineError::onnx("loading the graph"))?;
+            .map_err(EngineError::onnx("loading the graph"))
+            .map_err(|error| match provider {
+                Some(provider) => provider.explain(error),
+                None => error,
+            })?;
         check_graph(&session, bundle.manifest(), names, measured, file)?;
         Ok(Self {
             session,
@@ -295,8 +307,14 @@ impl Graph {
         let attention_mask = Tensor::input(&self.mask, &[batch, total])?;
         let write_mask = Tensor::input(&self.write, &[batch, count])?;
         let logits_rows = Tensor::input(&self.rows, &[self.rows.len()])?;
-        let past = Tensor::input(past_memory, &memory_shape)?;
-        let mut present = Tensor::output(present_memory, &memory_shape)?;
+        let past = match past_memory {
+            Numbers::Host(numbers) => Tensor::input(numbers, &memory_shape)?,
+            Numbers::Device(buffer, start) => device_tensor(buffer, start, &memory_shape)?,
+        };
+        let mut present = match present_memory {
+            NumbersMut::Host(numbers) => Tensor::output(numbers, &memory_shape)?,
+            NumbersMut::Device(buffer) => device_tensor(buffer, 0, &memory_shape)?,
+        };
         let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
         let (mut caches, mut states) = turn_tensors(turn, batch, manifest)?;
         let (position_ids, strengths, span_inputs);
@@ -375,8 +393,18 @@ impl Graph {
             gates = Tensor::output(wanted, &[batch, count, layers, kinds, width])?;
             call.output(&names.gates, &mut gates);
         }
-        call.run(&mut self.session)
+        call.run(&mut self.session).map_err(|error| match model.home() {
+            Some(memory) => memory.provider().explain(error),
+            None => error,
+        })
     }
+}
+
+/// Float32 on the device.
+fn device_tensor<'a>(buffer: &'a DeviceBuffer, start: usize, shape: &[usize]) -> Result<Tensor<'a>> {
+    let number = size_of::<f32>();
+    let bytes = shape.iter().product::<usize>() * number;
+    Tensor::device(buffer, start, bytes, shape, TensorElementType::Float32, number)
 }
 
 /// The type that ONNX Runtime calls it.
@@ -391,6 +419,10 @@ fn onnx_type(element: ElementType) -> TensorElementType {
 
 fn bytes_tensor<'a>(bytes: &'a mut [u8], shape: &[usize], element: ElementType) -> Result<Tensor<'a>> {
     Tensor::bytes(bytes, shape, onnx_type(element), element.bytes())
+}
+
+fn part_tensor<'a>(part: Part<'a>, shape: &[usize], element: ElementType) -> Result<Tensor<'a>> {
+    part.tensor(shape, onnx_type(element), element.bytes())
 }
 
 /// Past and present of one cache: one tensor, or two.
@@ -409,10 +441,10 @@ fn turn_tensors<'a>(
         .into_iter()
         .map(|tensor| {
             Ok(match tensor {
-                KvTensor::Shared(both) => (bytes_tensor(both, &past_shape, element)?, None),
+                KvTensor::Shared(both) => (part_tensor(both, &past_shape, element)?, None),
                 KvTensor::Separate(past, present) => (
-                    bytes_tensor(past, &past_shape, element)?,
-                    Some(bytes_tensor(present, &present_shape, element)?),
+                    part_tensor(past, &past_shape, element)?,
+                    Some(part_tensor(present, &present_shape, element)?),
                 ),
             })
         })

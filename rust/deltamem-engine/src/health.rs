@@ -34,8 +34,11 @@ pub struct GateFigures {
 
 impl Session {
     /// The sizes of the memory as it is.
-    pub fn figures(&self) -> Figures {
-        Figures::of(self.geometry(), &self.memory())
+    ///
+    /// # Errors
+    /// As [`Session::memory`].
+    pub fn figures(&self) -> Result<Figures> {
+        Ok(Figures::of(self.geometry(), &self.memory()?))
     }
 
     /// Reads the last tokens once more, in a turn of their own that writes nothing, and measures what the memory as it is does there. `None`

@@ -3,6 +3,7 @@
 //! the graph cannot do that there are two of each that take turns, past with exactly the rows that there are and present with the new
 //! ones behind them. Both grow by doubling. Dropped at the end of a turn; it knows nothing of the memory that stays.
 
+use crate::buffer::{Buffer, Groups, Home, Part};
 use crate::error::{EngineError, Result};
 
 /// The first capacity, in tokens. Most turns of a chat fit into it.
@@ -44,31 +45,34 @@ pub(crate) struct KvCache {
     len: usize,
     /// The most rows that were ever written, which is what must be wiped before somebody else gets the buffers.
     written: usize,
-    /// `u64` words, so that every element type is aligned.
-    buffers: Vec<Vec<u64>>,
+    /// Where the buffers are made. Those that take turns are the host's.
+    home: Home,
+    buffers: Vec<Buffer>,
     /// Where the next run writes, when past and present are two.
-    presents: Vec<Vec<u64>>,
+    presents: Vec<Buffer>,
 }
 
 /// One of the cache's tensors in a run.
 #[derive(Debug)]
 pub(crate) enum KvTensor<'a> {
     /// Past and present at once.
-    Shared(&'a mut [u8]),
+    Shared(Part<'a>),
     /// Past, and present behind it in a buffer of its own.
-    Separate(&'a mut [u8], &'a mut [u8]),
+    Separate(Part<'a>, Part<'a>),
 }
 
 impl KvCache {
     /// An empty cache.
-    pub(crate) fn new(layout: KvLayout) -> Result<Self> {
+    pub(crate) fn new(layout: KvLayout, home: &Home) -> Result<Self> {
+        let empty = |count| std::iter::repeat_with(Buffer::empty).take(count).collect();
         let mut cache = Self {
             layout,
             capacity: 0,
             len: 0,
             written: 0,
-            buffers: vec![Vec::new(); layout.buffers],
-            presents: vec![Vec::new(); if layout.shared { 0 } else { layout.buffers }],
+            home: home.clone().filter(|_| layout.shared),
+            buffers: empty(layout.buffers),
+            presents: empty(if layout.shared { 0 } else { layout.buffers }),
         };
         cache.reserve(1)?;
         Ok(cache)
@@ -86,11 +90,7 @@ impl KvCache {
 
     /// Bytes that the cache holds.
     pub(crate) fn bytes(&self) -> usize {
-        self.buffers
-            .iter()
-            .chain(&self.presents)
-            .map(|buffer| buffer.len() * 8)
-            .sum()
+        self.buffers.iter().chain(&self.presents).map(Buffer::len).sum()
     }
 
     /// Makes room for `more` tokens behind the present ones.
@@ -117,27 +117,33 @@ impl KvCache {
         })?;
         let row = self.row();
         // Separate caches have exactly their rows, so heads lie one behind the other at any capacity.
-        let (old_head, new_head, used) = if self.layout.shared {
-            (self.capacity * row, capacity * row, self.len * row)
+        let (old_rows, new_rows) = if self.layout.shared {
+            (self.capacity, capacity)
         } else {
-            (self.len * row, self.len * row, self.len * row)
+            (self.len, self.len)
         };
+        let (from, to) = (
+            Groups {
+                start: 0,
+                rows: old_rows,
+            },
+            Groups {
+                start: 0,
+                rows: new_rows,
+            },
+        );
         let mut grown = Vec::with_capacity(self.buffers.len());
         for old in &self.buffers {
-            let mut new = zeroed_words(bytes.div_ceil(8))?;
-            let (from, to) = (
-                bytemuck::cast_slice::<u64, u8>(old),
-                bytemuck::cast_slice_mut::<u64, u8>(&mut new),
-            );
-            for head in 0..self.layout.heads {
-                to[head * new_head..][..used].copy_from_slice(&from[head * old_head..][..used]);
+            let mut new = Buffer::zeroed(bytes, &self.home)?;
+            if self.len > 0 {
+                new.copy_rows(to, old, from, self.layout.heads, self.len, row)?;
             }
             grown.push(new);
         }
         let presents = self
             .presents
             .iter()
-            .map(|_| zeroed_words(bytes.div_ceil(8)))
+            .map(|_| Buffer::zeroed(bytes, &self.home))
             .collect::<Result<Vec<_>>>()?;
         self.buffers = grown;
         self.presents = presents;
@@ -166,41 +172,36 @@ impl KvCache {
         if self.layout.shared {
             self.buffers
                 .iter_mut()
-                .map(|buffer| KvTensor::Shared(&mut bytemuck::cast_slice_mut::<u64, u8>(buffer)[..bytes[0]]))
+                .map(|buffer| KvTensor::Shared(buffer.part(0..bytes[0])))
                 .collect()
         } else {
             self.buffers
                 .iter_mut()
                 .zip(&mut self.presents)
-                .map(|(past, present)| {
-                    KvTensor::Separate(
-                        &mut bytemuck::cast_slice_mut::<u64, u8>(past)[..bytes[0]],
-                        &mut bytemuck::cast_slice_mut::<u64, u8>(present)[..bytes[1]],
-                    )
-                })
+                .map(|(past, present)| KvTensor::Separate(past.part(0..bytes[0]), present.part(0..bytes[1])))
                 .collect()
         }
     }
 
-    /// Copies the rows of one buffer to the beginning of another cache's, which has room for `capacity` rows a head.
-    pub(crate) fn copy_rows(&self, buffer: usize, to: &mut [u8], capacity: usize) {
-        let used = self.len * self.row();
-        let head_bytes = self.shapes(0)[0][2] * self.row();
-        let from = bytemuck::cast_slice::<u64, u8>(&self.buffers[buffer]);
-        for head in 0..self.layout.heads {
-            to[head * capacity * self.row()..][..used].copy_from_slice(&from[head * head_bytes..][..used]);
-        }
+    /// Copies the rows of one buffer into another's groups of heads.
+    pub(crate) fn copy_rows(&self, buffer: usize, to: &mut Buffer, groups: Groups) -> Result<()> {
+        let from = Groups {
+            start: 0,
+            rows: self.shapes(0)[0][2],
+        };
+        let (heads, row) = (self.layout.heads, self.row());
+        to.copy_rows(groups, &self.buffers[buffer], from, heads, self.len, row)
     }
 
     /// A copy with the rows of another cache of the same model.
     pub(crate) fn copy_of(other: &Self) -> Result<Self> {
-        let mut copy = Self::new(other.layout)?;
+        let mut copy = Self::new(other.layout, &other.home)?;
         copy.reserve(other.len)?;
         copy.len = other.len;
         copy.written = other.len;
         let rows = copy.shapes(0)[0][2];
         for (index, buffer) in copy.buffers.iter_mut().enumerate() {
-            other.copy_rows(index, bytemuck::cast_slice_mut::<u64, u8>(buffer), rows);
+            other.copy_rows(index, buffer, Groups { start: 0, rows })?;
         }
         Ok(copy)
     }
@@ -220,7 +221,7 @@ impl KvCache {
         if !self.layout.shared && len < self.len {
             let (old_head, used) = (self.len * self.row(), len * self.row());
             for buffer in &mut self.buffers {
-                let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer);
+                let bytes = buffer.host_mut();
                 for head in 1..self.layout.heads {
                     bytes.copy_within(head * old_head..head * old_head + used, head * used);
                 }
@@ -230,39 +231,29 @@ impl KvCache {
     }
 
     /// Wipes every row that was written, so that the buffers can serve another session.
-    pub(crate) fn wipe(&mut self) {
-        let used = self.written * self.row();
-        if self.layout.shared {
-            let head_bytes = self.capacity * self.row();
-            for buffer in &mut self.buffers {
-                let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer);
-                for head in 0..self.layout.heads {
-                    bytes[head * head_bytes..][..used].fill(0);
-                }
-            }
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails; they can serve nobody then.
+    pub(crate) fn wipe(&mut self) -> Result<()> {
+        let (heads, row, written) = (self.layout.heads, self.row(), self.written);
+        // Separate ones have exactly their rows.
+        let rows = if self.layout.shared {
+            self.capacity
         } else {
-            for buffer in self.buffers.iter_mut().chain(&mut self.presents) {
-                bytemuck::cast_slice_mut::<u64, u8>(buffer)[..self.layout.heads * used].fill(0);
-            }
+            written
+        };
+        for buffer in self.buffers.iter_mut().chain(&mut self.presents) {
+            buffer.wipe(Groups { start: 0, rows }, heads, written, row)?;
         }
         self.len = 0;
         self.written = 0;
+        Ok(())
     }
 
     /// Bytes of one head's row.
     fn row(&self) -> usize {
         self.layout.head_dim * self.layout.element_bytes
     }
-}
-
-/// Zeroed words, which take memory where they are written; an allocation that the machine refuses is an error, not an abort.
-pub(crate) fn zeroed_words(words: usize) -> Result<Vec<u64>> {
-    bytemuck::allocation::try_zeroed_vec(words).map_err(|()| {
-        EngineError::Session(format!(
-            "no memory for a turn's buffer of {} MiB; call end_turn() earlier, or use fewer sessions at once",
-            words.saturating_mul(8) >> 20
-        ))
-    })
 }
 
 #[cfg(test)]
@@ -294,8 +285,9 @@ mod tests {
         let [past_rows, rows] = cache.shapes(tokens).map(|shape| shape[2]);
         for (b, tensor) in cache.tensors_mut(tokens).into_iter().enumerate() {
             let present = match tensor {
-                KvTensor::Shared(both) => both,
+                KvTensor::Shared(both) => both.host(),
                 KvTensor::Separate(past, present) => {
+                    let (past, present) = (past.host(), present.host());
                     for head in 0..heads {
                         present[head * rows * row..][..past_rows * row]
                             .copy_from_slice(&past[head * past_rows * row..][..past_rows * row]);
@@ -322,6 +314,7 @@ mod tests {
         let rows = cache.shapes(0)[0][2];
         for (b, tensor) in cache.tensors_mut(0).into_iter().enumerate() {
             let (KvTensor::Shared(past) | KvTensor::Separate(past, _)) = tensor;
+            let past = past.host();
             for head in 0..3 {
                 for token in 0..len {
                     assert_eq!(
@@ -337,7 +330,7 @@ mod tests {
     #[test]
     fn growing_keeps_every_row() {
         for layout in layouts() {
-            let mut cache = KvCache::new(layout).unwrap();
+            let mut cache = KvCache::new(layout, &None).unwrap();
             for _ in 0..700 {
                 feed(&mut cache, 1);
             }
@@ -349,7 +342,7 @@ mod tests {
     #[test]
     fn a_call_taken_back_leaves_the_rows_from_before() {
         for layout in layouts() {
-            let mut cache = KvCache::new(layout).unwrap();
+            let mut cache = KvCache::new(layout, &None).unwrap();
             feed(&mut cache, 37);
             // One that fails in its first run, in its third, and one that grew the buffers before it failed.
             for (good, bad) in [(0, 5), (20, 9), (300, 1)] {
@@ -371,12 +364,12 @@ mod tests {
 
     #[test]
     fn a_turn_in_separate_caches_has_exactly_its_rows_and_does_not_allocate_each_step() {
-        let mut cache = KvCache::new(layouts()[2]).unwrap();
+        let mut cache = KvCache::new(layouts()[2], &None).unwrap();
         let mut seen = std::collections::HashSet::new();
         for token in 0..256 {
             cache.reserve(1).unwrap();
             assert_eq!(cache.shapes(1), [[1, 3, token, 4], [1, 3, token + 1, 4]]);
-            seen.insert(cache.buffers[0].as_ptr());
+            seen.insert(cache.buffers[0].host_mut().as_ptr());
             feed(&mut cache, 1);
         }
         assert_eq!(seen.len(), 2);
@@ -386,21 +379,20 @@ mod tests {
     #[test]
     fn a_wiped_cache_is_zero_everywhere_even_after_a_call_taken_back() {
         for layout in layouts() {
-            let mut cache = KvCache::new(layout).unwrap();
+            let mut cache = KvCache::new(layout, &None).unwrap();
             for _ in 0..40 {
                 feed(&mut cache, 1);
             }
             cache.truncate(3);
             run(&mut cache, 50);
-            cache.wipe();
+            cache.wipe().unwrap();
             assert_eq!(cache.len(), 0);
             assert!(
                 cache
                     .buffers
-                    .iter()
-                    .chain(&cache.presents)
-                    .flatten()
-                    .all(|&word| word == 0)
+                    .iter_mut()
+                    .chain(&mut cache.presents)
+                    .all(|buffer| buffer.host_mut().iter().all(|&byte| byte == 0))
             );
         }
     }
@@ -408,7 +400,7 @@ mod tests {
     #[test]
     fn the_context_is_a_limit_with_an_error_of_its_own() {
         for layout in layouts() {
-            let mut cache = KvCache::new(layout).unwrap();
+            let mut cache = KvCache::new(layout, &None).unwrap();
             assert!(matches!(
                 cache.reserve(1001),
                 Err(EngineError::ContextLength {

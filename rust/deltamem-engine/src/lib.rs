@@ -6,8 +6,10 @@
 //! `graph` (one run) → [`memory`] (the back buffer becomes the
 //! front) → [`sampling`] → [`generation`] (a piece of text).
 
+mod buffer;
 pub mod bundle;
 mod call;
+mod device;
 pub mod error;
 pub mod generation;
 mod graph;
@@ -31,7 +33,7 @@ mod turn;
 
 pub use error::EngineError;
 pub use generation::{FinishReason, Generation, GenerationOptions, GenerationStats};
-pub use model::{Device, GraphChoice, LoadOptions, Model};
+pub use model::{Device, GraphChoice, LoadOptions, Model, examine_cuda};
 pub use operator::kernel_instructions;
 pub use prefix::Prefix;
 pub use running::RunStats;

@@ -1,10 +1,15 @@
 //! The memory's buffers: float32 [layers, heads, r, r], double and counted. A run reads the front buffer and writes a back one; only a
 //! run that succeeded makes the back one the front. A buffer that anybody still holds is never written again, so a reader's view never
-//! changes under it and may outlive the session. Nothing here knows how the state is computed.
+//! changes under it and may outlive the session. On a device the state stays there from run to run, and is copied to the host where somebody
+//! asks for it. Nothing here knows how the state is computed.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use deltamem_core::Geometry;
+
+use crate::buffer::Home;
+use crate::device::{DeviceBuffer, DeviceMemory};
+use crate::error::{EngineError, Result};
 
 /// A state that nobody writes any more: float32, row-major [layers, heads, r, r].
 pub type MemoryView = Arc<[f32]>;
@@ -12,41 +17,229 @@ pub type MemoryView = Arc<[f32]>;
 /// How many back buffers are kept for reuse. Two turn over in a plain stream of runs; a third serves a transaction's first state.
 const SPARES: usize = 3;
 
+/// Bytes of one number.
+const NUMBER: usize = size_of::<f32>();
+
+/// What a graph's input on a device begins at a multiple of: kernels may read many numbers at once. ONNX Runtime's own allocations do.
+const ALIGNED: usize = 256;
+
+/// A state that nobody writes any more, where it lies.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// On the host.
+    Host(MemoryView),
+    /// On the device.
+    Device(Arc<Resident>),
+}
+
+/// A state on the device: all of a buffer, or what one row of a step has written into the step's.
+#[derive(Debug)]
+pub struct Resident {
+    buffer: Arc<DeviceBuffer>,
+    /// Its first byte.
+    start: usize,
+    elements: usize,
+    /// The host's copy, once somebody has asked for it.
+    copy: OnceLock<MemoryView>,
+}
+
+/// Numbers that a run reads.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Numbers<'a> {
+    Host(&'a [f32]),
+    /// The device's, from a byte on.
+    Device(&'a DeviceBuffer, usize),
+}
+
+/// Numbers that a run writes.
+#[derive(Debug)]
+pub(crate) enum NumbersMut<'a> {
+    Host(&'a mut [f32]),
+    /// All of a device's buffer.
+    Device(&'a mut DeviceBuffer),
+}
+
+/// Where a run writes the state after it.
+#[derive(Debug)]
+pub(crate) enum Back {
+    /// A buffer that nobody else holds.
+    Host(MemoryView),
+    /// On the device; none before the run, which makes its buffer.
+    Device(Option<Arc<Resident>>),
+}
+
+impl Resident {
+    /// What a run has written into a part of a buffer.
+    pub(crate) fn new(buffer: Arc<DeviceBuffer>, start: usize, elements: usize) -> Self {
+        Self {
+            buffer,
+            start,
+            elements,
+            copy: OnceLock::new(),
+        }
+    }
+
+    /// The buffer that it lies in, and its first byte there.
+    pub(crate) fn place(&self) -> (&Arc<DeviceBuffer>, usize) {
+        (&self.buffer, self.start)
+    }
+
+    /// Its address on the device. It stays valid as long as this does, and what is there does not change.
+    pub fn address(&self) -> *mut std::ffi::c_void {
+        self.buffer.address().as_ptr().wrapping_add(self.start).cast()
+    }
+
+    /// The card that it lies on; none where a test has the processor play the device.
+    pub fn card(&self) -> Option<i32> {
+        self.buffer.memory().provider().card()
+    }
+
+    /// The same on the host: copied once.
+    fn host(&self) -> Result<MemoryView> {
+        if let Some(copy) = self.copy.get() {
+            return Ok(Arc::clone(copy));
+        }
+        let mut numbers = vec![0.0_f32; self.elements];
+        self.buffer
+            .download(self.start, bytemuck::cast_slice_mut(&mut numbers))?;
+        // On the host this is seen behind each run.
+        if !numbers.iter().all(|value| value.is_finite()) {
+            return Err(not_finite());
+        }
+        Ok(Arc::clone(self.copy.get_or_init(|| numbers.into())))
+    }
+
+    /// The same in a buffer of its own, so that a step's buffer does not live for one of its rows.
+    fn alone(self: &Arc<Self>) -> Result<Arc<Self>> {
+        let bytes = self.elements * NUMBER;
+        if self.buffer.len() == bytes {
+            return Ok(Arc::clone(self));
+        }
+        let mut own = self.buffer.memory().allocate(bytes)?;
+        own.copy(0, &self.buffer, self.start, bytes)?;
+        Ok(Arc::new(Self::new(Arc::new(own), 0, self.elements)))
+    }
+}
+
+impl State {
+    /// What a run reads.
+    pub(crate) fn numbers(&self) -> Numbers<'_> {
+        match self {
+            Self::Host(view) => Numbers::Host(view),
+            Self::Device(state) => Numbers::Device(&state.buffer, state.start),
+        }
+    }
+
+    /// The same where a run may read it: one that begins in the middle of a step's buffer at no aligned address moves.
+    pub(crate) fn aligned(&self) -> Result<Self> {
+        match self {
+            Self::Device(state) if !state.start.is_multiple_of(ALIGNED) => Ok(Self::Device(state.alone()?)),
+            _ => Ok(self.clone()),
+        }
+    }
+
+    /// The state on the host: as it is, or copied from the device once.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails; [`EngineError::NotFinite`] for a state of a device that holds NaN or infinite numbers.
+    pub fn host(&self) -> Result<MemoryView> {
+        match self {
+            Self::Host(view) => Ok(Arc::clone(view)),
+            Self::Device(state) => state.host(),
+        }
+    }
+}
+
+impl Back {
+    /// Has a run write it.
+    pub(crate) fn write(
+        &mut self,
+        memory: &Home,
+        elements: usize,
+        run: impl FnOnce(NumbersMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        match (self, memory) {
+            (Self::Host(view), _) => run(NumbersMut::Host(Arc::get_mut(view).ok_or_else(held)?)),
+            (Self::Device(state), Some(memory)) => {
+                let mut buffer = memory.allocate(elements * NUMBER)?;
+                run(NumbersMut::Device(&mut buffer))?;
+                *state = Some(Arc::new(Resident::new(Arc::new(buffer), 0, elements)));
+                Ok(())
+            }
+            (Self::Device(_), None) => Err(held()),
+        }
+    }
+
+    /// Checks what a run has written. What lies on a device is looked at when it is copied to the host.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            Self::Host(view) if !view.iter().all(|value| value.is_finite()) => Err(not_finite()),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The front buffer and the spare ones behind it.
 #[derive(Debug)]
 pub(crate) struct MemoryBuffers {
-    front: MemoryView,
+    front: State,
     spares: Vec<MemoryView>,
+    elements: usize,
+    home: Home,
 }
 
 impl MemoryBuffers {
-    /// A zeroed memory.
-    pub(crate) fn zeroed(geometry: &Geometry) -> Self {
+    /// A zeroed memory. Runs leave it on the device, if there is one.
+    pub(crate) fn zeroed(geometry: &Geometry, home: Home) -> Self {
         Self {
-            front: vec![0.0; geometry.elements()].into(),
+            front: State::Host(vec![0.0; geometry.elements()].into()),
             spares: Vec::with_capacity(SPARES),
+            elements: geometry.elements(),
+            home,
         }
     }
 
     /// The present state. Holding it keeps it: later runs write elsewhere.
-    pub(crate) fn front(&self) -> &MemoryView {
+    pub(crate) fn front(&self) -> &State {
         &self.front
     }
 
-    /// Takes a buffer that nobody else holds, to be written by a run.
-    pub(crate) fn take_back(&mut self) -> MemoryView {
+    /// The present state where runs leave it: put there if it came from the host.
+    pub(crate) fn settled(&mut self) -> Result<&State> {
+        if let (State::Host(view), Some(memory)) = (&self.front, &self.home) {
+            let mut buffer = memory.allocate(self.elements * NUMBER)?;
+            buffer.upload(0, bytemuck::cast_slice(view))?;
+            let state = Resident::new(Arc::new(buffer), 0, self.elements);
+            // What was just sent there need not be fetched.
+            let _ = state.copy.set(Arc::clone(view));
+            self.front = State::Device(Arc::new(state));
+        }
+        Ok(&self.front)
+    }
+
+    /// Takes a place that a run may write.
+    pub(crate) fn take_back(&mut self) -> Back {
+        if self.home.is_some() {
+            return Back::Device(None);
+        }
         let free = self
             .spares
             .iter_mut()
             .position(|spare| Arc::get_mut(spare).is_some());
-        match free {
+        Back::Host(match free {
             Some(index) => self.spares.swap_remove(index),
-            None => vec![0.0; self.front.len()].into(),
+            None => vec![0.0; self.elements].into(),
+        })
+    }
+
+    /// Keeps a buffer for later runs. Those of a device go back to its own pool.
+    pub(crate) fn give_back(&mut self, back: Back) {
+        if let Back::Host(buffer) = back {
+            self.keep(buffer);
         }
     }
 
-    /// Keeps a buffer for later runs.
-    pub(crate) fn give_back(&mut self, buffer: MemoryView) {
+    fn keep(&mut self, buffer: MemoryView) {
         if self.spares.len() == SPARES {
             // A spare that a reader holds will not come free soon: let the reader have it.
             match self
@@ -61,16 +254,123 @@ impl MemoryBuffers {
         self.spares.push(buffer);
     }
 
-    /// Frees the spare buffers: a session between turns holds its state and nothing else.
+    /// Frees what a session between turns does not need: it holds its state and nothing else.
     pub(crate) fn free_spares(&mut self) {
         self.spares.clear();
+        // Without room for a copy the step's buffer stays with it.
+        if let State::Device(state) = &self.front
+            && let Ok(alone) = state.alone()
+        {
+            self.front = State::Device(alone);
+        }
+    }
+
+    /// Makes what a run has written the front; the old front becomes a spare.
+    pub(crate) fn advance(&mut self, back: Back) -> Result<()> {
+        match back {
+            Back::Host(view) => self.set_front(State::Host(view)),
+            Back::Device(Some(state)) => self.set_front(State::Device(state)),
+            Back::Device(None) => return Err(held()),
+        }
+        Ok(())
     }
 
     /// Makes `state` the front; the old front becomes a spare.
-    pub(crate) fn set_front(&mut self, state: MemoryView) {
-        let old = std::mem::replace(&mut self.front, state);
-        self.give_back(old);
+    pub(crate) fn set_front(&mut self, state: State) {
+        if let State::Host(old) = std::mem::replace(&mut self.front, state)
+            && self.home.is_none()
+        {
+            self.keep(old);
+        }
     }
+}
+
+/// The states of a step's rows, one behind the other in one buffer: as they lie, if they do, or brought together.
+pub(crate) enum Gathered<'a> {
+    Lying(&'a DeviceBuffer, usize),
+    Brought(DeviceBuffer),
+}
+
+impl<'a> Gathered<'a> {
+    /// Of rows in the order of a step; `None` is a row that stands for nobody, whose state may be anything and is thrown away.
+    pub(crate) fn of(
+        memory: &Arc<DeviceMemory>,
+        rows: &[Option<&'a State>],
+        elements: usize,
+    ) -> Result<Self> {
+        let bytes = elements * NUMBER;
+        if let Some(lying) = lying(rows, bytes) {
+            return Ok(lying);
+        }
+        let mut brought = memory.allocate(rows.len() * bytes)?;
+        let mut row = 0;
+        while row < rows.len() {
+            let start = row * bytes;
+            match rows[row] {
+                None => brought.zero(start, bytes)?,
+                Some(State::Host(view)) => brought.upload(start, bytemuck::cast_slice(view))?,
+                Some(State::Device(state)) => {
+                    // Those that lie one behind the other are copied at once.
+                    let (buffer, first) = state.place();
+                    let follows = |behind: usize| match rows.get(row + behind) {
+                        Some(Some(State::Device(next))) => {
+                            Arc::ptr_eq(next.place().0, buffer) && next.place().1 == first + behind * bytes
+                        }
+                        _ => false,
+                    };
+                    let behind = (1..rows.len() - row)
+                        .take_while(|&behind| follows(behind))
+                        .count();
+                    let count = 1 + behind;
+                    brought.copy(start, buffer, first, count * bytes)?;
+                    row += count - 1;
+                }
+            }
+            row += 1;
+        }
+        Ok(Self::Brought(brought))
+    }
+
+    /// What the run reads.
+    pub(crate) fn numbers(&self) -> Numbers<'_> {
+        match self {
+            Self::Lying(buffer, start) => Numbers::Device(buffer, *start),
+            Self::Brought(buffer) => Numbers::Device(buffer, 0),
+        }
+    }
+}
+
+/// The rows' states as they lie, if they are one behind the other. A row that stands for nobody may read what lies in between.
+fn lying<'a>(rows: &[Option<&'a State>], bytes: usize) -> Option<Gathered<'a>> {
+    let mut found: Option<(&'a Arc<DeviceBuffer>, usize)> = None;
+    for (index, row) in rows.iter().enumerate() {
+        let Some(state) = row else { continue };
+        let State::Device(state) = state else {
+            return None;
+        };
+        let (buffer, start) = state.place();
+        let base = start.checked_sub(index * bytes)?;
+        match found {
+            None => found = Some((buffer, base)),
+            Some((first, from)) if Arc::ptr_eq(buffer, first) && from == base => {}
+            Some(_) => return None,
+        }
+    }
+    found
+        .filter(|(buffer, base)| base.is_multiple_of(ALIGNED) && base + rows.len() * bytes <= buffer.len())
+        .map(|(buffer, base)| Gathered::Lying(buffer, base))
+}
+
+fn not_finite() -> EngineError {
+    EngineError::NotFinite(
+        "the new state holds NaN or infinite numbers; check the adapter's weights (deltamem-export inspect)"
+            .into(),
+    )
+}
+
+/// A bug: a buffer that a run is to write has another holder.
+pub(crate) fn held() -> EngineError {
+    EngineError::Session("a memory buffer is held where none should be; please report this".into())
 }
 
 #[cfg(test)]
@@ -79,25 +379,32 @@ mod tests {
     use super::*;
 
     fn buffers() -> MemoryBuffers {
-        MemoryBuffers::zeroed(&Geometry::new(1, 1, 2).unwrap())
+        MemoryBuffers::zeroed(&Geometry::new(1, 1, 2).unwrap(), None)
     }
 
     fn write(buffers: &mut MemoryBuffers, value: f32) {
         let mut back = buffers.take_back();
-        Arc::get_mut(&mut back).unwrap().fill(value);
-        buffers.set_front(back);
+        back.write(&None, 4, |numbers| match numbers {
+            NumbersMut::Host(numbers) => {
+                numbers.fill(value);
+                Ok(())
+            }
+            NumbersMut::Device(_) => Err(held()),
+        })
+        .unwrap();
+        buffers.advance(back).unwrap();
     }
 
     #[test]
     fn a_held_view_never_changes() {
         let mut memory = buffers();
         write(&mut memory, 1.0);
-        let held = Arc::clone(memory.front());
+        let held = memory.front().host().unwrap();
         for value in 2..50_u8 {
             write(&mut memory, f32::from(value));
         }
         assert_eq!(&held[..], &[1.0; 4]);
-        assert_eq!(&memory.front()[..], &[49.0; 4]);
+        assert_eq!(&memory.front().host().unwrap()[..], &[49.0; 4]);
     }
 
     #[test]
@@ -106,7 +413,7 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for value in 0..100_u8 {
             write(&mut memory, f32::from(value));
-            seen.insert(memory.front().as_ptr() as usize);
+            seen.insert(memory.front().host().unwrap().as_ptr() as usize);
         }
         assert!(seen.len() <= 2, "{} buffers were used", seen.len());
     }
@@ -117,7 +424,7 @@ mod tests {
         let mut held = Vec::new();
         for value in 0..20_u8 {
             write(&mut memory, f32::from(value));
-            held.push(Arc::clone(memory.front()));
+            held.push(memory.front().host().unwrap());
         }
         assert!(memory.spares.len() <= SPARES);
         for (value, view) in held.iter().enumerate() {

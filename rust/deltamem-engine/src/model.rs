@@ -6,7 +6,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use deltamem_core::{Fingerprint, Geometry};
 
-use crate::bundle::{Bundle, Manifest, Verify};
+use crate::buffer::Home;
+use crate::bundle::{Bundle, GraphDevice, Manifest, Verify};
+use crate::device::provider::{NoCuda, Provider, expect_cuda, no_card};
+use crate::device::{DeviceMemory, WORD};
 use crate::error::{EngineError, Result};
 use crate::graph::{Graph, Names};
 use crate::kv::KvLayout;
@@ -26,6 +29,10 @@ const CHUNK_TOKENS_BESIDE_OTHERS: usize = 64;
 /// The most sessions in one step, if nothing else is asked for.
 pub const MAX_BATCH: usize = 16;
 
+/// What a bundle for CUDA alone meets on a processor.
+const BF16_ON_CPU: &str = "deltamem.json: precision is bf16, which ONNX Runtime's CPU cannot compute; export the bundle again with --precision \
+                           fp16, fp32 or int4, or run this one on CUDA";
+
 /// Finished KV caches that are kept, wiped, for the next turns.
 const POOLED_CACHES: usize = 4;
 
@@ -41,6 +48,11 @@ pub enum Device {
     Auto,
     /// The processor.
     Cpu,
+    /// The card of that number, of those that CUDA shows this process.
+    Cuda(u16),
+    /// The processor, with buffers as if it were a card: for tests of what happens on one.
+    #[doc(hidden)]
+    CpuAsDevice,
 }
 
 /// Which of a bundle's two graphs runs. They share their weights and compute the same.
@@ -87,6 +99,8 @@ pub struct LoadOptions {
     pub max_batch: usize,
     /// Which of the bundle's graphs runs.
     pub graph: GraphChoice,
+    /// Whether float32 products on a card may be rounded to TF32, which is faster and loses 10 of 23 bits.
+    pub tf32: bool,
 }
 
 impl Default for LoadOptions {
@@ -97,8 +111,17 @@ impl Default for LoadOptions {
             verify: Verify::Full,
             max_batch: MAX_BATCH,
             graph: GraphChoice::Auto,
+            tf32: false,
         }
     }
+}
+
+/// Where a model runs, and why there.
+#[derive(Debug, Clone)]
+struct Placed {
+    why: String,
+    /// Whether something failed that should have worked.
+    failed: bool,
 }
 
 /// A loaded bundle. Shared by all its sessions.
@@ -107,6 +130,9 @@ pub struct Model {
     runtime: &'static Runtime,
     bundle: Bundle,
     options: LoadOptions,
+    placed: Placed,
+    /// The device's memory, where the graph runs on one: states, keys and values stay there.
+    home: Home,
     geometry: Geometry,
     fingerprint: Fingerprint,
     text: Option<Text>,
@@ -133,18 +159,120 @@ impl Model {
     /// Loads the bundle at `path`.
     ///
     /// # Errors
-    /// A [`BundleError`](crate::bundle::BundleError) when the bundle is missing, damaged or inconsistent; [`EngineError::Graph`] when its
-    /// graph is not the one that the manifest describes; [`EngineError::Unsupported`] for a precision that the device cannot compute;
-    /// [`EngineError::Onnx`] when ONNX Runtime refuses it.
+    /// A [`BundleError`](crate::bundle::BundleError) when the bundle is missing, damaged or inconsistent, or has no graph for the device;
+    /// [`EngineError::Graph`] when its graph is not the one that the manifest describes; [`EngineError::Unsupported`] for a precision that the
+    /// device cannot compute; [`EngineError::Device`] for a device that is not there or fails; [`EngineError::Onnx`] when ONNX Runtime
+    /// refuses it. With [`Device::Auto`] a card that fails is none of these where the bundle has a graph for the processor:
+    /// [`Model::fallback`] says so.
     pub fn load(runtime: &'static Runtime, path: &Path, options: LoadOptions) -> Result<Arc<Self>> {
         let bundle = Bundle::open(path, options.verify)?;
+        let asked = |device: &str| Placed {
+            why: format!("device={device:?} was asked for"),
+            failed: false,
+        };
+        match options.device {
+            Device::Cpu => Self::on_cpu(runtime, bundle, options, asked("cpu")),
+            Device::Cuda(id) => {
+                expect_cuda(runtime).map_err(NoCuda::error)?;
+                let bundle = bundle.on(GraphDevice::Cuda)?;
+                let memory = cuda(runtime, id, options.tf32).map_err(NoCuda::error)?;
+                let placed = asked(&memory.provider().to_string());
+                Self::placed(runtime, bundle, options, placed, Some(memory))
+            }
+            Device::CpuAsDevice => {
+                let memory = DeviceMemory::open(runtime, Provider::Host)?;
+                Self::placed(runtime, bundle, options, asked("_device_on_cpu"), Some(memory))
+            }
+            Device::Auto => Self::anywhere(runtime, bundle, options),
+        }
+    }
+
+    /// On the first card if the bundle has a graph for it and it answers, else on the processor.
+    fn anywhere(runtime: &'static Runtime, bundle: Bundle, options: LoadOptions) -> Result<Arc<Self>> {
+        let devices = bundle.manifest().devices();
+        if !devices.contains(&GraphDevice::Cuda) {
+            let placed = Placed {
+                why: "the bundle has no graph for CUDA".into(),
+                failed: false,
+            };
+            return Self::on_cpu(runtime, bundle, options, placed);
+        }
+        let also_cpu = devices.contains(&GraphDevice::Cpu);
+        let precision = bundle.manifest().precision.clone();
+        let dir = bundle.dir().to_path_buf();
+        let found = match cuda(runtime, 0, options.tf32) {
+            Ok(memory) => {
+                let placed = Placed {
+                    why: format!(
+                        "the bundle has a graph for CUDA, and {} answers",
+                        memory.provider()
+                    ),
+                    failed: false,
+                };
+                Self::placed(
+                    runtime,
+                    bundle.on(GraphDevice::Cuda)?,
+                    options,
+                    placed,
+                    Some(memory),
+                )
+                .map_err(NoCuda::Failed)
+            }
+            Err(none) => Err(none),
+        };
+        let (error, failed) = match found {
+            Ok(model) => return Ok(model),
+            Err(NoCuda::Absent(error)) => (error, false),
+            Err(NoCuda::Failed(error)) => (error, true),
+        };
+        if !also_cpu && !failed && precision == "bf16" {
+            return Err(EngineError::Unsupported(format!("{BF16_ON_CPU}; {error}")));
+        }
+        if !also_cpu || !matches!(error, EngineError::Device(_) | EngineError::Onnx { .. }) {
+            return Err(error);
+        }
+        // Its files were compared a moment ago.
+        let bundle = Bundle::open(&dir, Verify::Sizes)?;
+        let why = error.to_string();
+        Self::on_cpu(runtime, bundle, options, Placed { why, failed })
+    }
+
+    fn on_cpu(
+        runtime: &'static Runtime,
+        bundle: Bundle,
+        options: LoadOptions,
+        placed: Placed,
+    ) -> Result<Arc<Self>> {
         let manifest = bundle.manifest();
-        if manifest.precision == "bf16" {
-            return Err(EngineError::Unsupported(
-                "deltamem.json: precision is bf16, which ONNX Runtime's CPU cannot compute; export the bundle again with --precision \
-                 fp16, fp32 or int4, or run this one on CUDA"
-                    .into(),
-            ));
+        if manifest.precision == "bf16" && manifest.graphs.is_empty() {
+            return Err(EngineError::Unsupported(BF16_ON_CPU.into()));
+        }
+        Self::placed(runtime, bundle.on(GraphDevice::Cpu)?, options, placed, None)
+    }
+
+    /// Loads the bundle's first graph.
+    fn placed(
+        runtime: &'static Runtime,
+        bundle: Bundle,
+        mut options: LoadOptions,
+        placed: Placed,
+        home: Home,
+    ) -> Result<Arc<Self>> {
+        let manifest = bundle.manifest();
+        let provider = home.as_ref().map(|memory| memory.provider());
+        if provider.is_some_and(|provider| provider.card().is_some()) {
+            if options.graph == GraphChoice::Fused {
+                return Err(EngineError::Unsupported(
+                    "graph=\"fused\": the fused graph's operator runs on the processor only; leave graph out on a card".into(),
+                ));
+            }
+            options.graph = GraphChoice::Portable;
+        }
+        let row = manifest.backbone.head_dim * manifest.graph.kv_dtype.bytes();
+        if home.is_some() && manifest.graph.shared_kv && !row.is_multiple_of(WORD) {
+            return Err(EngineError::Unsupported(format!(
+                "a row of keys has {row} bytes, expected a multiple of {WORD} on a device; load this bundle with device='cpu'"
+            )));
         }
         let kv_layout = KvLayout {
             buffers: manifest.graph.kv_layers.len() * 2,
@@ -159,7 +287,7 @@ impl Model {
         let names = Names::new(manifest);
         let text = Text::load(bundle.dir(), manifest)?;
         let template = ChatTemplate::load(bundle.dir(), manifest)?;
-        let graph = Graph::open(runtime, &bundle, &options, &names, false)?;
+        let graph = Graph::open(runtime, &bundle, &options, &names, provider, false)?;
         let unbatched = OnceLock::new();
         if let Some(why) = one_after_another(manifest, &graph, options.max_batch) {
             unbatched.get_or_init(|| why.to_owned());
@@ -175,7 +303,7 @@ impl Model {
             names,
             kv_layout,
             schedule: Schedule::new(most),
-            works: parking_lot::Mutex::new(Works::new(graph, KvPool::new(kv_layout, most))),
+            works: parking_lot::Mutex::new(Works::new(graph, KvPool::new(kv_layout, most, home.clone()))),
             released: parking_lot::Mutex::new(Vec::new()),
             unbatched,
             pooled,
@@ -185,6 +313,8 @@ impl Model {
             idle_caches: Mutex::new(Vec::new()),
             bundle,
             options,
+            placed,
+            home,
         }))
     }
 
@@ -235,6 +365,28 @@ impl Model {
             Ok(true) => "fused",
             _ => "portable",
         }
+    }
+
+    /// Where the graph runs: `cpu`, or `cuda:` and the card's number.
+    pub fn device(&self) -> String {
+        self.home
+            .as_ref()
+            .map_or_else(|| "cpu".to_owned(), |memory| memory.provider().to_string())
+    }
+
+    /// Why it runs there.
+    pub fn placement(&self) -> &str {
+        &self.placed.why
+    }
+
+    /// What failed, where the model should have run on a card and runs on the processor.
+    pub fn fallback(&self) -> Option<&str> {
+        self.placed.failed.then_some(self.placed.why.as_str())
+    }
+
+    /// The device's memory, where the graph runs on one.
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
     }
 
     /// Threads that one run uses; 0 means one a core.
@@ -325,7 +477,7 @@ impl Model {
             .unwrap_or_else(PoisonError::into_inner)
             .pop();
         idle.map_or_else(
-            || TurnCache::new(self.kv_layout, &self.manifest().graph.states),
+            || TurnCache::new(self.kv_layout, &self.manifest().graph.states, &self.home),
             Ok,
         )
     }
@@ -345,7 +497,9 @@ impl Model {
                 if kv.capacity() > POOLED_TOKENS {
                     return;
                 }
-                kv.wipe();
+                if kv.wipe().is_err() {
+                    return;
+                }
                 cache.states.wipe();
                 let mut idle = self.idle_caches.lock().unwrap_or_else(PoisonError::into_inner);
                 if idle.len() < POOLED_CACHES {
@@ -381,9 +535,36 @@ impl Model {
         if let Some(graph) = self.measured.get() {
             return Ok(graph);
         }
-        let graph = Graph::open(self.runtime, &self.bundle, &self.options, &self.names, true)?;
+        let provider = self.home.as_ref().map(|memory| memory.provider());
+        let graph = Graph::open(
+            self.runtime,
+            &self.bundle,
+            &self.options,
+            &self.names,
+            provider,
+            true,
+        )?;
         Ok(self.measured.get_or_init(|| Mutex::new(graph)))
     }
+}
+
+/// The memory of a card that answers.
+fn cuda(runtime: &'static Runtime, id: u16, tf32: bool) -> std::result::Result<Arc<DeviceMemory>, NoCuda> {
+    expect_cuda(runtime)?;
+    let provider = Provider::Cuda {
+        id: i32::from(id),
+        tf32,
+    };
+    DeviceMemory::open(runtime, provider).map_err(no_card)
+}
+
+/// Whether a card answers, in words; for `deltamem doctor`.
+///
+/// # Errors
+/// [`EngineError::Device`] with what is missing and what to do.
+pub fn examine_cuda(runtime: &'static Runtime) -> Result<String> {
+    let memory = cuda(runtime, 0, false).map_err(NoCuda::error)?;
+    Ok(format!("{} answers", memory.provider()))
 }
 
 /// Why the sessions of a bundle cannot step together, if they cannot.

@@ -4,8 +4,9 @@
 //! its rows, where nothing reads it. Blocks grow by doubling, in slots and in capacity. It knows rows and slots; it knows nothing of whose they
 //! are, nor when anything runs.
 
+use crate::buffer::{Buffer, Groups, Home};
 use crate::error::{EngineError, Result};
-use crate::kv::{FIRST_CAPACITY, KvCache, KvLayout, KvTensor, zeroed_words};
+use crate::kv::{FIRST_CAPACITY, KvCache, KvLayout, KvTensor};
 
 /// Idle slots that may ride along, step by step added up, before the stepping ones are brought together. Moving a turn once costs about what
 /// so many idle rows do.
@@ -21,6 +22,7 @@ pub(crate) type Key = usize;
 #[derive(Debug)]
 pub(crate) struct KvPool {
     layout: KvLayout,
+    home: Home,
     /// Slots that a block may have: the most rows of a step.
     most: usize,
     blocks: Vec<Block>,
@@ -39,8 +41,7 @@ struct Block {
     /// Rows of each slot.
     capacity: usize,
     slots: Vec<Slot>,
-    /// `u64` words, so that every element type is aligned.
-    buffers: Vec<Vec<u64>>,
+    buffers: Vec<Buffer>,
     /// Idle rows that have ridden along since the turns were last brought together.
     rides: usize,
 }
@@ -74,9 +75,10 @@ pub(crate) struct Window {
 
 impl KvPool {
     /// A pool without a buffer. A step takes at most `most` turns.
-    pub(crate) fn new(layout: KvLayout, most: usize) -> Self {
+    pub(crate) fn new(layout: KvLayout, most: usize, home: Home) -> Self {
         Self {
             layout,
+            home,
             most: most.max(1),
             blocks: Vec::new(),
             places: Vec::new(),
@@ -145,7 +147,7 @@ impl KvPool {
                 *rides += riding;
                 if full || *rides > RIDES || riding > count {
                     *rides = 0;
-                    self.bring_together(block, &window, count);
+                    self.bring_together(block, &window, count)?;
                     window = self.window(block, turns)?;
                 }
             }
@@ -161,18 +163,24 @@ impl KvPool {
         let Some(place) = self.places.get_mut(key).and_then(Option::take) else {
             return;
         };
-        self.wipe(place);
+        // A device that fails cannot wipe; whoever takes the slot next has it wiped again.
+        let left = if self.wipe(place).is_ok() {
+            Slot::default()
+        } else {
+            Slot {
+                written: self.blocks[place.block].slots[place.slot].written,
+                ..Slot::default()
+            }
+        };
         let block = &mut self.blocks[place.block];
-        block.slots[place.slot] = Slot::default();
+        block.slots[place.slot] = left;
         if block.is_free() {
             // What rode along may have left rows in slots that nobody had.
             let (slots, capacity) = (block.slots.len(), block.capacity);
-            if place.block > 0 || slots * capacity > KEPT_ROWS {
-                *block = Block::default();
-            } else {
-                for slot in 0..slots {
-                    self.wipe(Place { slot, ..place });
-                }
+            let wiped = (place.block == 0 && slots * capacity <= KEPT_ROWS)
+                && (0..slots).all(|slot| self.wipe(Place { slot, ..place }).is_ok());
+            if !wiped {
+                self.blocks[place.block] = Block::default();
             }
         }
     }
@@ -181,11 +189,11 @@ impl KvPool {
     pub(crate) fn fill(&mut self, key: Key, from: &KvCache) -> Result<()> {
         let place = self.place(key)?;
         self.note(place, from.len());
-        let (tensors, [_, _, capacity, _]) = self.tensors(place.block, place.slot, 1);
-        for (index, tensor) in tensors.into_iter().enumerate() {
-            if let KvTensor::Shared(bytes) = tensor {
-                from.copy_rows(index, bytes, capacity);
-            }
+        let start = place.slot * self.slot_bytes(place.block);
+        let block = &mut self.blocks[place.block];
+        let rows = block.capacity;
+        for (index, buffer) in block.buffers.iter_mut().enumerate() {
+            from.copy_rows(index, buffer, Groups { start, rows })?;
         }
         Ok(())
     }
@@ -196,7 +204,7 @@ impl KvPool {
         self.blocks
             .iter()
             .flat_map(|block| &block.buffers)
-            .map(|buffer| buffer.len() * 8)
+            .map(Buffer::len)
             .sum()
     }
 
@@ -229,10 +237,7 @@ impl KvPool {
         let tensors = block
             .buffers
             .iter_mut()
-            .map(|buffer| {
-                let all = bytemuck::cast_slice_mut::<u64, u8>(buffer);
-                KvTensor::Shared(&mut all[first * bytes..(first + count) * bytes])
-            })
+            .map(|buffer| KvTensor::Shared(buffer.part(first * bytes..(first + count) * bytes)))
             .collect();
         (tensors, shape)
     }
@@ -258,7 +263,7 @@ impl KvPool {
             self.places.push(None);
         }
         let place = Place { block, slot };
-        self.wipe(place);
+        self.wipe(place)?;
         self.places[key] = Some(place);
         self.blocks[block].slots[slot] = Slot {
             key: Some(key),
@@ -295,7 +300,7 @@ impl KvPool {
 
     /// Gives a block buffers of another size, with the rows that were written.
     fn resize(&mut self, block: usize, slots: usize, capacity: usize) -> Result<()> {
-        let words = self
+        let bytes = self
             .layout
             .buffer_bytes(capacity)
             .and_then(|bytes| bytes.checked_mul(slots))
@@ -303,24 +308,24 @@ impl KvPool {
                 EngineError::Session(format!(
                     "{slots} KV caches of {capacity} tokens are larger than this machine can address"
                 ))
-            })?
-            .div_ceil(8);
+            })?;
         let (row, heads) = (self.row(), self.layout.heads);
         let found = &mut self.blocks[block];
         let mut grown = Vec::with_capacity(self.layout.buffers);
         for index in 0..self.layout.buffers {
-            let mut new = zeroed_words(words)?;
+            let mut new = Buffer::zeroed(bytes, &self.home)?;
             if let Some(old) = found.buffers.get(index) {
-                let (from, to) = (
-                    bytemuck::cast_slice::<u64, u8>(old),
-                    bytemuck::cast_slice_mut::<u64, u8>(&mut new),
-                );
-                for (slot, held) in found.slots.iter().enumerate() {
-                    let used = held.written * row;
-                    for head in slot * heads..(slot + 1) * heads {
-                        to[head * capacity * row..][..used]
-                            .copy_from_slice(&from[head * found.capacity * row..][..used]);
-                    }
+                for (slot, held) in found
+                    .slots
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, held)| held.written > 0)
+                {
+                    let of = |rows: usize| Groups {
+                        start: slot * heads * rows * row,
+                        rows,
+                    };
+                    new.copy_rows(of(capacity), old, of(found.capacity), heads, held.written, row)?;
                 }
             }
             grown.push(new);
@@ -331,17 +336,19 @@ impl KvPool {
         Ok(())
     }
 
-    fn wipe(&mut self, place: Place) {
-        let (row, heads) = (self.row(), self.layout.heads);
+    fn wipe(&mut self, place: Place) -> Result<()> {
+        let (row, heads, start) = (
+            self.row(),
+            self.layout.heads,
+            place.slot * self.slot_bytes(place.block),
+        );
         let block = &mut self.blocks[place.block];
-        let used = block.slots[place.slot].written * row;
+        let (rows, used) = (block.capacity, block.slots[place.slot].written);
         for buffer in &mut block.buffers {
-            let bytes = bytemuck::cast_slice_mut::<u64, u8>(buffer);
-            for head in place.slot * heads..(place.slot + 1) * heads {
-                bytes[head * block.capacity * row..][..used].fill(0);
-            }
+            buffer.wipe(Groups { start, rows }, heads, used, row)?;
         }
         block.slots[place.slot].written = 0;
+        Ok(())
     }
 
     /// Moves a turn into a free slot of an earlier block, if there is one.
@@ -354,18 +361,18 @@ impl KvPool {
             let held = self.blocks[from.block].slots[from.slot];
             self.grow_capacity(block, (rows + 1).max(held.len))?;
             let to = Place { block, slot };
-            self.wipe(to);
-            let (row, heads, used) = (self.row(), self.layout.heads, held.len * self.row());
+            self.wipe(to)?;
+            let (row, heads) = (self.row(), self.layout.heads);
             let (low, high) = self.blocks.split_at_mut(from.block);
             let (target, source) = (&mut low[block], &high[0]);
-            for (new, old) in target.buffers.iter_mut().zip(&source.buffers) {
-                let (new, old) = (
-                    bytemuck::cast_slice_mut::<u64, u8>(new),
-                    bytemuck::cast_slice::<u64, u8>(old),
-                );
-                for head in 0..heads {
-                    new[(slot * heads + head) * target.capacity * row..][..used]
-                        .copy_from_slice(&old[(from.slot * heads + head) * source.capacity * row..][..used]);
+            let of = |slot: usize, rows: usize| Groups {
+                start: slot * heads * rows * row,
+                rows,
+            };
+            let (new_rows, old_rows) = (of(slot, target.capacity), of(from.slot, source.capacity));
+            if held.len > 0 {
+                for (new, old) in target.buffers.iter_mut().zip(&source.buffers) {
+                    new.copy_rows(new_rows, old, old_rows, heads, held.len, row)?;
                 }
             }
             target.slots[slot] = Slot {
@@ -373,9 +380,10 @@ impl KvPool {
                 len: held.len,
                 written: held.len,
             };
-            self.wipe(from);
-            self.blocks[from.block].slots[from.slot] = Slot::default();
             self.places[key] = Some(to);
+            self.blocks[from.block].slots[from.slot].key = None;
+            self.wipe(from)?;
+            self.blocks[from.block].slots[from.slot] = Slot::default();
             break;
         }
         Ok(())
@@ -407,7 +415,7 @@ impl KvPool {
     }
 
     /// Puts the `count` turns of a window into the block's first slots.
-    fn bring_together(&mut self, block: usize, window: &Window, count: usize) {
+    fn bring_together(&mut self, block: usize, window: &Window, count: usize) -> Result<()> {
         let mut steps: Vec<bool> = vec![false; self.blocks[block].slots.len()];
         for (offset, rider) in window.riders.iter().enumerate() {
             steps[window.first + offset] = rider.of.is_some();
@@ -417,24 +425,31 @@ impl KvPool {
                 && let Some(last) = steps.iter().rposition(|&stepping| stepping)
                 && last > slot
             {
-                self.swap(block, slot, last);
+                self.swap(block, slot, last)?;
                 steps.swap(slot, last);
             }
         }
+        Ok(())
     }
 
     /// Has two slots of a block change places.
-    fn swap(&mut self, block: usize, a: usize, b: usize) {
+    fn swap(&mut self, block: usize, a: usize, b: usize) -> Result<()> {
         let (a, b) = (a.min(b), a.max(b));
         let (row, heads) = (self.row(), self.layout.heads);
+        let slot_bytes = self.slot_bytes(block);
         let block = &mut self.blocks[block];
-        let used = block.slots[a].written.max(block.slots[b].written) * row;
-        let slot_bytes = heads * block.capacity * row;
-        for buffer in &mut block.buffers {
-            let (low, high) = bytemuck::cast_slice_mut::<u64, u8>(buffer).split_at_mut(b * slot_bytes);
-            for head in 0..heads {
-                let at = head * block.capacity * row;
-                low[a * slot_bytes + at..][..used].swap_with_slice(&mut high[at..][..used]);
+        let used = block.slots[a].written.max(block.slots[b].written);
+        let of = |slot: usize| Groups {
+            start: slot * slot_bytes,
+            rows: block.capacity,
+        };
+        // Those of one buffer that changed places when a later one cannot are put back: a turn's layers lie in one slot.
+        for index in 0..block.buffers.len() {
+            if let Err(error) = block.buffers[index].swap_rows(of(a), of(b), heads, used, row) {
+                for done in &mut block.buffers[..index] {
+                    done.swap_rows(of(a), of(b), heads, used, row)?;
+                }
+                return Err(error);
             }
         }
         block.slots.swap(a, b);
@@ -445,6 +460,7 @@ impl KvPool {
                 place.slot = slot;
             }
         }
+        Ok(())
     }
 }
 
@@ -492,7 +508,8 @@ mod tests {
         let [batch, heads, capacity, _] = shape;
         assert_eq!((batch, heads), (rows.len(), HEADS));
         for (b, tensor) in tensors.into_iter().enumerate() {
-            let KvTensor::Shared(bytes) = tensor else { panic!() };
+            let KvTensor::Shared(part) = tensor else { panic!() };
+            let bytes = part.host();
             assert_eq!(bytes.len(), batch * heads * capacity * 8);
             for (index, &(turn, past)) in rows.iter().enumerate() {
                 assert!(past + count <= capacity, "no room for row {past} of {capacity}");
@@ -511,7 +528,8 @@ mod tests {
             let Some(key) = turn.key else { continue };
             let (tensors, [_, heads, capacity, _]) = pool.one(key, turn.len).unwrap();
             for (b, tensor) in tensors.into_iter().enumerate() {
-                let KvTensor::Shared(bytes) = tensor else { panic!() };
+                let KvTensor::Shared(part) = tensor else { panic!() };
+                let bytes = part.host();
                 for head in 0..heads {
                     for row in 0..turn.len {
                         assert_eq!(
@@ -594,7 +612,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn every_turn_keeps_its_rows_whatever_the_others_do(moves in moves(), most in 1..7_usize) {
-            let mut pool = KvPool::new(layout(), most);
+            let mut pool = KvPool::new(layout(), most, None);
             let (mut turns, mut names) = (Vec::<Turn>::new(), 0);
             for one in moves {
                 let count = turns.len().max(1);
@@ -635,7 +653,7 @@ mod tests {
             for turn in turns {
                 pool.release(turn.key.unwrap());
             }
-            prop_assert!(pool.blocks.iter().flat_map(|block| &block.buffers).flatten().all(|&word| word == 0));
+            prop_assert!(pool.blocks.iter_mut().flat_map(|block| &mut block.buffers).all(|buffer| buffer.host_mut().iter().all(|&byte| byte == 0)));
             prop_assert!(pool.places.iter().all(Option::is_none));
         }
     }
@@ -655,7 +673,7 @@ mod tests {
 
     #[test]
     fn turns_that_step_together_lie_together_after_a_few_steps() {
-        let mut pool = KvPool::new(layout(), 16);
+        let mut pool = KvPool::new(layout(), 16, None);
         let mut turns = begun(&mut pool, 16, 5);
         // Half of them stop, every second one, and stay in the middle of their turns.
         let of: Vec<usize> = (0..16).step_by(2).collect();
@@ -670,7 +688,7 @@ mod tests {
 
     #[test]
     fn a_full_turn_does_not_ride_along() {
-        let mut pool = KvPool::new(layout(), 4);
+        let mut pool = KvPool::new(layout(), 4, None);
         let mut turns = begun(&mut pool, 3, 5);
         let full = CONTEXT - turns[1].len;
         chunk(&mut pool, &mut turns[1], full);
@@ -680,13 +698,13 @@ mod tests {
 
     #[test]
     fn a_step_allocates_nothing_and_buffers_grow_by_doubling() {
-        let mut pool = KvPool::new(layout(), 4);
+        let mut pool = KvPool::new(layout(), 4, None);
         let mut turns = begun(&mut pool, 4, 1);
         let mut sizes = vec![pool.bytes()];
         let mut at = Vec::new();
         for _ in 0..600 {
             step(&mut pool, &mut turns, &[0, 1, 2, 3]);
-            at.push(pool.blocks[0].buffers[0].as_ptr() as usize);
+            at.push(pool.blocks[0].buffers[0].host_mut().as_ptr() as usize);
             sizes.push(pool.bytes());
         }
         sizes.dedup();
@@ -699,14 +717,15 @@ mod tests {
 
     #[test]
     fn a_slot_of_one_is_another_ones_only_after_it_was_wiped() {
-        let mut pool = KvPool::new(layout(), 2);
+        let mut pool = KvPool::new(layout(), 2, None);
         let mut turns = begun(&mut pool, 2, 50);
         pool.release(turns[0].key.unwrap());
         let mut key = None;
         pool.reserve(&mut key, 60).unwrap();
         let (tensors, _) = pool.one(key.unwrap(), 0).unwrap();
         for tensor in tensors {
-            let KvTensor::Shared(bytes) = tensor else { panic!() };
+            let KvTensor::Shared(part) = tensor else { panic!() };
+            let bytes = part.host();
             assert!(bytes.iter().all(|&byte| byte == 0));
         }
         turns.remove(0);
@@ -715,7 +734,7 @@ mod tests {
 
     #[test]
     fn many_turns_free_their_memory_when_the_last_one_ends() {
-        let mut pool = KvPool::new(layout(), 4);
+        let mut pool = KvPool::new(layout(), 4, None);
         let turns = begun(&mut pool, 10, 600);
         assert!(pool.blocks.len() == 3);
         for turn in turns {

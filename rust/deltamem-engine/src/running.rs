@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{EngineError, Result};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
-use crate::memory::MemoryView;
+use crate::memory::{Back, Gathered, Numbers, NumbersMut, Resident, State, held};
 use crate::model::Model;
 use crate::pool::{KvPool, Window};
 use crate::schedule::Seat;
@@ -74,9 +74,9 @@ pub(crate) struct Chunk<'a> {
     /// Whether every token's logits are wanted, or the last one's.
     pub(crate) all_logits: bool,
     /// The state before, float32 [layers, heads, r, r].
-    pub(crate) past_memory: &'a [f32],
+    pub(crate) past_memory: &'a State,
     /// Where the state after goes.
-    pub(crate) present_memory: &'a mut [f32],
+    pub(crate) present_memory: &'a mut Back,
     /// What the turn carries.
     pub(crate) turn: &'a mut TurnCache,
     /// What the corrections are multiplied by; other than 1 it takes the measured graph.
@@ -93,9 +93,9 @@ pub(crate) struct Row {
     pub(crate) token: i32,
     pub(crate) write: bool,
     /// The state before, float32 [layers, heads, r, r].
-    pub(crate) past_memory: MemoryView,
+    pub(crate) past_memory: State,
     /// Where the state after goes; nobody else holds it.
-    pub(crate) present_memory: MemoryView,
+    pub(crate) present_memory: Back,
     /// Where the logits go, float32 [vocab].
     pub(crate) logits: Vec<f32>,
     pub(crate) place: Pooled,
@@ -146,26 +146,33 @@ impl Model {
             works.clear_released(self);
             let Works { graph, pool, .. } = &mut *works;
             let past = chunk.turn.len();
-            let run = Run {
-                tokens: chunk.tokens,
-                past: &[past],
-                write: &[chunk.write],
-                spans: chunk.spans,
-                rows: if chunk.all_logits { Rows::All } else { Rows::Last },
-                past_memory: chunk.past_memory,
-                present_memory: chunk.present_memory,
-                turn: chunk.turn.tensors(pool, chunk.tokens.len())?,
-                strength: chunk.strength,
-                logits: chunk.logits,
-                measures: chunk.measures,
-            };
-            let done = match measured {
-                None => graph.run(self, run),
-                Some(measured) => measured
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .run(self, run),
-            };
+            let state = chunk.past_memory.aligned()?;
+            let turn = chunk.turn.tensors(pool, chunk.tokens.len())?;
+            let done =
+                chunk
+                    .present_memory
+                    .write(self.home(), self.geometry().elements(), |present_memory| {
+                        let run = Run {
+                            tokens: chunk.tokens,
+                            past: &[past],
+                            write: &[chunk.write],
+                            spans: chunk.spans,
+                            rows: if chunk.all_logits { Rows::All } else { Rows::Last },
+                            past_memory: state.numbers(),
+                            present_memory,
+                            turn,
+                            strength: chunk.strength,
+                            logits: chunk.logits,
+                            measures: chunk.measures,
+                        };
+                        match measured {
+                            None => graph.run(self, run),
+                            Some(measured) => measured
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .run(self, run),
+                        }
+                    });
             works.clear_released(self);
             done
         })
@@ -256,7 +263,6 @@ impl Model {
         steps.past.clear();
         steps.write.clear();
         steps.rows.clear();
-        steps.past_memory.clear();
         for (number, rider) in window.riders.iter().enumerate() {
             steps.past.push(rider.past);
             if let Some(of) = rider.of {
@@ -264,14 +270,39 @@ impl Model {
                 steps.tokens.push(row.token);
                 steps.write.push(row.write);
                 steps.rows.push(i64::try_from(number).unwrap_or(i64::MAX));
-                steps.past_memory.extend_from_slice(&row.past_memory);
             } else {
                 steps.tokens.push(0);
                 steps.write.push(false);
-                steps.past_memory.resize(steps.past_memory.len() + numbers, 0.0);
             }
         }
-        steps.present_memory.resize(batch * numbers, 0.0);
+        let states: Vec<Option<&State>> = window
+            .riders
+            .iter()
+            .map(|rider| rider.of.map(|of| &rows[at[of]].past_memory))
+            .collect();
+        let gathered;
+        let mut step = None;
+        let (past_memory, present_memory) = match self.home() {
+            None => {
+                steps.past_memory.clear();
+                for state in states {
+                    match state {
+                        Some(state) => steps.past_memory.extend_from_slice(&state.host()?),
+                        None => steps.past_memory.resize(steps.past_memory.len() + numbers, 0.0),
+                    }
+                }
+                steps.present_memory.resize(batch * numbers, 0.0);
+                (
+                    Numbers::Host(&steps.past_memory),
+                    NumbersMut::Host(&mut steps.present_memory),
+                )
+            }
+            Some(memory) => {
+                gathered = Gathered::of(memory, &states, numbers)?;
+                let buffer = step.insert(memory.allocate(batch * numbers * size_of::<f32>())?);
+                (gathered.numbers(), NumbersMut::Device(buffer))
+            }
+        };
         steps.logits.resize(steps.rows.len() * vocab, 0.0);
         let (kv, shape) = pool.many(window);
         graph.run(
@@ -282,8 +313,8 @@ impl Model {
                 write: &steps.write,
                 spans: None,
                 rows: Rows::These(&steps.rows),
-                past_memory: &steps.past_memory,
-                present_memory: &mut steps.present_memory,
+                past_memory,
+                present_memory,
                 turn: TurnTensors {
                     kv,
                     shapes: [shape, shape],
@@ -295,17 +326,23 @@ impl Model {
             },
         )?;
         self.counters.count(steps.rows.len(), batch);
+        let step = step.map(Arc::new);
         let mut logits = steps.logits.chunks_exact(vocab);
-        for (rider, state) in window
-            .riders
-            .iter()
-            .zip(steps.present_memory.chunks_exact(numbers))
-        {
+        for (number, rider) in window.riders.iter().enumerate() {
             let Some(of) = rider.of else { continue };
             let row = &mut rows[at[of]];
-            Arc::get_mut(&mut row.present_memory)
-                .ok_or_else(held)?
-                .copy_from_slice(state);
+            let start = number * numbers;
+            match (&mut row.present_memory, &step) {
+                (Back::Host(view), None) => Arc::get_mut(view)
+                    .ok_or_else(held)?
+                    .copy_from_slice(&steps.present_memory[start..][..numbers]),
+                // Where the step has written it is where the next one reads it.
+                (Back::Device(state), Some(buffer)) => {
+                    let state_bytes = start * size_of::<f32>();
+                    *state = Some(Arc::new(Resident::new(Arc::clone(buffer), state_bytes, numbers)));
+                }
+                _ => return Err(held()),
+            }
             if let Some(logits) = logits.next() {
                 row.logits.copy_from_slice(logits);
             }
@@ -324,22 +361,28 @@ impl Model {
 
     fn try_one(&self, works: &mut Works, row: &mut Row) -> Result<()> {
         let Works { graph, pool, .. } = works;
-        graph.run(
-            self,
-            Run {
-                tokens: &[row.token],
-                past: &[row.place.len],
-                write: &[row.write],
-                spans: None,
-                rows: Rows::Last,
-                past_memory: &row.past_memory,
-                present_memory: Arc::get_mut(&mut row.present_memory).ok_or_else(held)?,
-                turn: row.place.tensors(pool, 1)?,
-                strength: 1.0,
-                logits: &mut row.logits,
-                measures: Measures::default(),
-            },
-        )
+        let turn = row.place.tensors(pool, 1)?;
+        let past = row.place.len;
+        let state = row.past_memory.aligned()?;
+        row.present_memory
+            .write(self.home(), self.geometry().elements(), |present_memory| {
+                graph.run(
+                    self,
+                    Run {
+                        tokens: &[row.token],
+                        past: &[past],
+                        write: &[row.write],
+                        spans: None,
+                        rows: Rows::Last,
+                        past_memory: state.numbers(),
+                        present_memory,
+                        turn,
+                        strength: 1.0,
+                        logits: &mut row.logits,
+                        measures: Measures::default(),
+                    },
+                )
+            })
     }
 
     /// How many runs there were so far, and of what.
@@ -363,9 +406,4 @@ impl Counters {
         self.idle.fetch_add(batch - rows, Ordering::Relaxed);
         self.largest.fetch_max(rows, Ordering::Relaxed);
     }
-}
-
-/// A bug: a buffer that a run is to write has another holder.
-pub(crate) fn held() -> EngineError {
-    EngineError::Session("a memory buffer is held where none should be; please report this".into())
 }

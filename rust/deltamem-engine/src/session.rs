@@ -7,10 +7,10 @@ use deltamem_core::{Geometry, Snapshot};
 
 use crate::error::{EngineError, Result};
 use crate::graph::{ChunkSpans, Measures, as_trained};
-use crate::memory::{MemoryBuffers, MemoryView};
+use crate::memory::{MemoryBuffers, MemoryView, State};
 use crate::model::{CHUNK_TOKENS, Model};
 use crate::prefix::Prefix;
-use crate::running::{Chunk, Outcome, Row, held};
+use crate::running::{Chunk, Outcome, Row};
 use crate::sampling::Sampler;
 use crate::schedule::Seat;
 use crate::spans::{Gathered, Spans, Writes};
@@ -124,7 +124,7 @@ pub struct Session {
 
 /// What a failed call puts back.
 struct Before {
-    memory: MemoryView,
+    memory: State,
     cached: Option<usize>,
     turn: usize,
     tokens_seen: u64,
@@ -135,7 +135,7 @@ impl Session {
     pub fn new(model: Arc<Model>) -> Self {
         let geometry = model.geometry();
         Self {
-            memory: MemoryBuffers::zeroed(&geometry),
+            memory: MemoryBuffers::zeroed(&geometry, model.home().clone()),
             cache: None,
             logits: Vec::new(),
             spare_logits: Vec::new(),
@@ -165,9 +165,21 @@ impl Session {
         self.model.geometry()
     }
 
-    /// The present state, float32 [layers, heads, r, r]. Holding it keeps it as it is.
-    pub fn memory(&self) -> MemoryView {
-        Arc::clone(self.memory.front())
+    /// The present state, float32 [layers, heads, r, r], on the host: where it lies on a device it is copied, once for each state. Holding
+    /// it keeps it as it is.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device fails; [`EngineError::NotFinite`] for a state of a device that holds NaN or infinite numbers.
+    pub fn memory(&self) -> Result<MemoryView> {
+        self.memory.front().host()
+    }
+
+    /// The present state where runs leave it, on the host or on the device, without a copy. Holding it keeps it as it is.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when a state that came from the host cannot be put on the device.
+    pub fn state(&mut self) -> Result<State> {
+        self.memory.settled().cloned()
     }
 
     /// Tokens read since the memory was empty, over all turns and restarts.
@@ -310,7 +322,7 @@ impl Session {
         self.abandon_turn();
         self.recent = Vec::new();
         self.memory
-            .set_front(vec![0.0; self.geometry().elements()].into());
+            .set_front(State::Host(vec![0.0; self.geometry().elements()].into()));
         self.tokens_seen = 0;
         self.turns = 0;
     }
@@ -324,7 +336,7 @@ impl Session {
         Snapshot::new(
             self.geometry(),
             self.model.fingerprint(),
-            self.memory(),
+            self.memory()?,
             self.tokens_seen,
             self.turns,
             self.sampler.state(),
@@ -347,7 +359,7 @@ impl Session {
         self.abandon_turn();
         // They may be another's.
         self.recent = Vec::new();
-        self.memory.set_front(Arc::clone(snapshot.memory()));
+        self.memory.set_front(State::Host(Arc::clone(snapshot.memory())));
         self.tokens_seen = snapshot.tokens_seen();
         self.turns = snapshot.turns();
         self.sampler = Sampler::from_state(snapshot.sampler());
@@ -488,7 +500,7 @@ impl Session {
         self.model.check_tokens(tokens)?;
         let mut aside = Self::new(Arc::clone(&self.model));
         aside.check_room(tokens.len())?;
-        aside.memory.set_front(self.memory());
+        aside.memory.set_front(self.memory.front().clone());
         aside.strength = self.strength;
         let mut cache = self.model.lend_own_cache()?;
         let mut outcome = Ok(());
@@ -550,7 +562,7 @@ impl Session {
             return Ok(());
         }
         let before = Before {
-            memory: self.memory(),
+            memory: self.memory.front().clone(),
             cached: self.cache.as_ref().map(TurnCache::len),
             turn: self.turn.len(),
             tokens_seen: self.tokens_seen,
@@ -660,7 +672,7 @@ impl Session {
     ) -> Result<()> {
         let vocab = self.model.vocab();
         self.spare_logits.resize(vocab, 0.0);
-        let past_memory = self.memory();
+        let past_memory = self.memory.front().clone();
         let mut back = self.memory.take_back();
         let all_logits = wanted.is_some();
         let steps = tokens.len() == 1 && spans.is_none() && !measures.any() && as_trained(self.strength);
@@ -693,7 +705,6 @@ impl Session {
                 }
             }
             _ => {
-                let present_memory = Arc::get_mut(&mut back).ok_or_else(held)?;
                 let outcome = self.model.run_chunk(
                     &mut self.seat,
                     Chunk {
@@ -702,7 +713,7 @@ impl Session {
                         spans,
                         all_logits,
                         past_memory: &past_memory,
-                        present_memory,
+                        present_memory: &mut back,
                         turn: cache,
                         strength: self.strength,
                         logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
@@ -715,17 +726,9 @@ impl Session {
                 outcome
             }
         };
-        let outcome = outcome.and_then(|()| {
-            if back.iter().all(|value| value.is_finite()) {
-                Ok(())
-            } else {
-                Err(EngineError::NotFinite(
-                    "the new state holds NaN or infinite numbers; check the adapter's weights (deltamem-export inspect)".into(),
-                ))
-            }
-        });
+        let outcome = outcome.and_then(|()| back.check());
         if outcome.is_ok() {
-            self.memory.set_front(back);
+            self.memory.advance(back)?;
             cache.advance(tokens.len());
             self.turn.extend_from_slice(tokens);
             self.tokens_seen += tokens.len() as u64;

@@ -2,9 +2,9 @@
 //! one copy and writes another, and a third keeps the one from before the call, so that a call taken back leaves them as they were.
 //! It knows bytes and shapes; it knows nothing of what they mean.
 
+use crate::buffer::zeroed_words;
 use crate::bundle::TurnState;
 use crate::error::Result;
-use crate::kv::zeroed_words;
 
 /// The states of one turn.
 #[derive(Debug, Default, Clone)]

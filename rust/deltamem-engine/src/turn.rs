@@ -1,6 +1,7 @@
 //! What one turn carries from run to run and drops at its end: the KV cache, in buffers of its own or in a slot among those of others, and the
 //! states of layers that are not attention.
 
+use crate::buffer::Home;
 use crate::bundle::TurnState;
 use crate::error::{EngineError, Result};
 use crate::kv::{KvCache, KvLayout, KvTensor};
@@ -64,9 +65,9 @@ impl Pooled {
 
 impl TurnCache {
     /// The start of a turn in buffers of its own: no tokens, states of zero.
-    pub(crate) fn new(layout: KvLayout, states: &[TurnState]) -> Result<Self> {
+    pub(crate) fn new(layout: KvLayout, states: &[TurnState], home: &Home) -> Result<Self> {
         Ok(Self {
-            kv: TurnKv::Own(KvCache::new(layout)?),
+            kv: TurnKv::Own(KvCache::new(layout, home)?),
             states: TurnStates::zeroed(states)?,
         })
     }

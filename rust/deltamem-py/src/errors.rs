@@ -29,6 +29,7 @@ pub(crate) fn to_python(error: EngineError) -> PyErr {
             PyValueError::new_err(message)
         }
         EngineError::Library(_) | EngineError::Onnx { .. } => named("OnnxRuntimeError", message),
+        EngineError::Device(_) => named("DeviceError", message),
         EngineError::ContextLength { .. } => named("ContextLengthError", message),
         EngineError::Fingerprint { .. } => named("FingerprintError", message),
         EngineError::Interrupted => PyKeyboardInterrupt::new_err(message),

@@ -83,20 +83,23 @@ pub(crate) struct Watch {
 
 impl Watch {
     /// A watch that begins with the state that the session has.
-    pub(crate) fn new(on_drift: OnDrift, engine: &deltamem_engine::Session) -> Self {
-        Self {
+    pub(crate) fn new(
+        on_drift: OnDrift,
+        engine: &deltamem_engine::Session,
+    ) -> std::result::Result<Self, EngineError> {
+        Ok(Self {
             on_drift,
-            previous: engine.memory(),
+            previous: engine.memory()?,
             moved: VecDeque::new(),
             taken_back: false,
-            figures: engine.figures(),
+            figures: engine.figures()?,
             collapse: None,
             turns: Churn::default(),
             churn: None,
             healthy: None,
             drifted: false,
             frozen: false,
-        }
+        })
     }
 
     /// The session has taken up another state, or the one that it has counts as good from here on.
@@ -105,14 +108,14 @@ impl Watch {
         engine: &mut deltamem_engine::Session,
         kept: Option<&Kept>,
     ) -> std::result::Result<(), EngineError> {
-        self.previous = engine.memory();
+        self.previous = engine.memory()?;
         self.moved.clear();
         (self.turns, self.churn) = (Churn::default(), None);
         self.taken_back = false;
         self.drifted = false;
         self.frozen = false;
         engine.set_writable(true);
-        let figures = engine.figures();
+        let figures = engine.figures()?;
         let found = against(engine, &figures, &Moved::default(), None);
         (self.figures, self.collapse) = (figures, None);
         self.healthy = if found.is_empty() {
@@ -138,13 +141,14 @@ impl Watch {
         if self.moved.len() == WINDOW {
             self.moved.pop_front();
         }
-        let (geometry, before, after) = (engine.geometry(), self.previous.clone(), engine.memory());
+        let (geometry, before) = (engine.geometry(), self.previous.clone());
+        let after = engine.memory().map_err(refused)?;
         let next = self.turns.with(geometry, &before, &after);
         self.moved
             .push_back([distance(geometry, &before, &after), next.turn.clone()]);
         self.taken_back = false;
         let churn_before = self.churn.replace(next.churn.clone());
-        let figures = engine.figures();
+        let figures = engine.figures().map_err(refused)?;
         self.collapse = Some(figures.collapse_since(&self.figures));
         let found = against(engine, &figures, &self.moved(), None);
         self.figures = figures;
@@ -225,10 +229,10 @@ impl Watch {
             return Ok(self.freeze(engine, "there is no healthy state to go back to, so "));
         };
         engine.restore(&healthy.state).map_err(refused)?;
-        (self.previous, self.drifted) = (engine.memory(), false);
+        (self.previous, self.drifted) = (engine.memory().map_err(refused)?, false);
         self.moved.pop_back();
         self.taken_back = true;
-        (self.figures, self.collapse) = (engine.figures(), None);
+        (self.figures, self.collapse) = (engine.figures().map_err(refused)?, None);
         let to = format!(
             "the session went back to its state after turn {}",
             healthy.state.turns()
@@ -359,8 +363,8 @@ impl Report {
         watch: Option<&Watch>,
         head: Option<&(Commit, Snapshot)>,
         measured: Option<Measured>,
-    ) -> Self {
-        let (geometry, memory) = (engine.geometry(), engine.memory());
+    ) -> std::result::Result<Self, EngineError> {
+        let (geometry, memory) = (engine.geometry(), engine.memory()?);
         let figures = Figures::of(geometry, &memory);
         let mut moved = watch.map(Watch::moved).unwrap_or_default();
         if let Some(watch) = watch
@@ -378,7 +382,7 @@ impl Report {
                     commit: Some(commit.id),
                 })
         });
-        Self {
+        Ok(Self {
             reasons: against(engine, &figures, &moved, measured.as_ref()),
             distance: healthy
                 .as_ref()
@@ -388,7 +392,7 @@ impl Report {
             figures,
             moved,
             measured,
-        }
+        })
     }
 
     /// As `deltamem_rt.Health`.

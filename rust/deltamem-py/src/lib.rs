@@ -9,6 +9,7 @@
     clippy::too_many_arguments
 )]
 
+mod dlpack;
 mod errors;
 mod generation;
 mod geometry;
@@ -43,6 +44,13 @@ fn doctor(py: Python<'_>, library: Option<std::path::PathBuf>) -> PyResult<Bound
         report.set_item("ort_library", runtime.library())?;
         report.set_item("ort_build", runtime.build_info())?;
         report.set_item("providers", runtime.providers())?;
+        // Asking a card takes a while, so the lock is let go.
+        let (ready, said) = match py.detach(|| deltamem_engine::examine_cuda(runtime)) {
+            Ok(said) => (true, said),
+            Err(error) => (false, error.to_string()),
+        };
+        report.set_item("cuda", ready)?;
+        report.set_item("cuda_says", said)?;
     }
     Ok(report)
 }
@@ -88,6 +96,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<generation::Generation>()?;
     module.add_class::<generation::GenerationStats>()?;
     module.add_class::<snapshot::Snapshot>()?;
+    module.add_class::<dlpack::MemoryTensor>()?;
     module.add_class::<store::Store>()?;
     module.add_function(wrap_pyfunction!(doctor, module)?)?;
     module.add_function(wrap_pyfunction!(proof::scan, module)?)?;

@@ -9,7 +9,7 @@ use deltamem_store::Parts;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::errors::{detached, named, store_to_python, to_python};
+use crate::errors::{detached, store_to_python, to_python};
 use crate::geometry::Geometry;
 use crate::health::OnDrift;
 use crate::keeping::Kept;
@@ -38,8 +38,10 @@ impl Model {
     /// ----------
     /// path : str or os.PathLike
     ///     A bundle: a directory with ``deltamem.json``, made by ``deltamem-export bundle``.
-    /// device : {"auto", "cpu", "cuda"}
-    ///     Where the graph runs. This version runs on the CPU: ``"cuda"`` raises ``DeviceError``.
+    /// device : {"auto", "cpu", "cuda", "cuda:1", ...}
+    ///     Where the graph runs; the number is that of a card among those that CUDA shows this process, 0 if left out. "auto" takes the first
+    ///     card if the bundle has a graph for CUDA, the installed ONNX Runtime has CUDA and a card answers, else the CPU; a card that should
+    ///     have worked and failed is logged as a warning (``deltamem_rt``). ``model.device`` and ``model.placement`` say what it took and why.
     /// threads : int, optional
     ///     Threads for one run. By default one a core.
     /// max_batch : int
@@ -50,7 +52,10 @@ impl Model {
     ///     checked before.
     /// graph : {"auto", "portable", "fused"}
     ///     Which of the bundle's two graphs runs. They compute the same from the same weights; the fused one has one node for each memory
-    ///     layer and is the faster. "auto" takes it where the bundle has it. ``model.graph`` says which it is.
+    ///     layer and is the faster, on the CPU only. "auto" takes it where the bundle has it. ``model.graph`` says which it is.
+    /// tf32 : bool
+    ///     Whether a card may round the factors of float32 products to TF32 (10 bits of 23): faster for fp32 bundles, and off the CPU's results
+    ///     by about 1e-3. Of no effect on the CPU.
     ///
     /// Raises
     /// ------
@@ -61,9 +66,9 @@ impl Model {
     /// OnnxRuntimeNotFoundError
     ///     Neither ``onnxruntime`` nor ``onnxruntime-gpu`` is installed; the message names both commands.
     /// DeviceError
-    ///     The device is not there.
+    ///     The card, its driver or ONNX Runtime's CUDA is not there or fails, or the card has no memory left; the message says what to do.
     #[staticmethod]
-    #[pyo3(signature = (path, *, device="auto", threads=None, max_batch=16, verify=true, graph="auto"))]
+    #[pyo3(signature = (path, *, device="auto", threads=None, max_batch=16, verify=true, graph="auto", tf32=false))]
     fn load(
         py: Python<'_>,
         path: PathBuf,
@@ -72,22 +77,23 @@ impl Model {
         max_batch: usize,
         verify: bool,
         graph: &str,
+        tf32: bool,
     ) -> PyResult<Self> {
+        let onnxruntime = py.import("deltamem_rt._onnxruntime")?;
         let device = match device {
             "auto" => Device::Auto,
             "cpu" => Device::Cpu,
-            "cuda" => {
-                return Err(named(
-                    "DeviceError",
-                    "device='cuda': this version of deltamem-rt runs on the CPU; use device='cpu' or 'auto'"
-                        .to_owned(),
-                ));
-            }
-            other => {
-                return Err(PyValueError::new_err(format!(
-                    "device is {other:?}, expected 'auto', 'cpu' or 'cuda'"
-                )));
-            }
+            "cuda" => Device::Cuda(0),
+            // For tests; nobody else gains anything by it.
+            "_device_on_cpu" => Device::CpuAsDevice,
+            other => match other.strip_prefix("cuda:").and_then(|id| id.parse().ok()) {
+                Some(id) => Device::Cuda(id),
+                None => {
+                    return Err(PyValueError::new_err(format!(
+                        "device is {other:?}, expected 'auto', 'cpu' or 'cuda', or 'cuda:1' for the second card"
+                    )));
+                }
+            },
         };
         let graph = match graph {
             "auto" => GraphChoice::Auto,
@@ -109,26 +115,44 @@ impl Model {
                 "max_batch is 0, expected at least 1 (sessions one after another)",
             ));
         }
-        let library: PathBuf = py
-            .import("deltamem_rt._onnxruntime")?
+        let library: PathBuf = onnxruntime
             .getattr("find_library")?
             .call0()?
             .getattr("path")?
             .extract()?;
+        let cuda = match device {
+            Device::Cuda(_) => true,
+            Device::Auto => onnxruntime
+                .getattr("may_use_cuda")?
+                .call1((&library, &path))?
+                .extract()?,
+            _ => false,
+        };
+        if cuda {
+            onnxruntime.getattr("open_cuda_libraries")?.call1((&library,))?;
+        }
         let options = LoadOptions {
             device,
             threads: threads.unwrap_or(0),
             verify: if verify { Verify::Full } else { Verify::Sizes },
             max_batch,
             graph,
+            tf32,
         };
         let inner = py.detach(|| {
             let runtime = Runtime::open(&library)?;
             deltamem_engine::Model::load(runtime, &path, options)
         });
-        Ok(Self {
-            inner: inner.map_err(to_python)?,
-        })
+        let inner = inner.map_err(to_python)?;
+        if let Some(failed) = inner.fallback() {
+            py.import("logging")?
+                .call_method1("getLogger", ("deltamem_rt",))?
+                .call_method1(
+                    "warning",
+                    ("device='auto' runs on the CPU, because CUDA failed: %s", failed),
+                )?;
+        }
+        Ok(Self { inner })
     }
 
     /// Open a session: one user's memory, empty at first.
@@ -254,10 +278,16 @@ impl Model {
         self.inner.context_length()
     }
 
-    /// Where the graph runs.
+    /// Where the graph runs: ``"cpu"``, or ``"cuda:0"`` with the card's number.
     #[getter]
-    fn device(&self) -> &'static str {
-        "cpu"
+    fn device(&self) -> String {
+        self.inner.device()
+    }
+
+    /// Why it runs there, in words.
+    #[getter]
+    fn placement(&self) -> &str {
+        self.inner.placement()
     }
 
     /// Threads that one run uses; None is one a core.

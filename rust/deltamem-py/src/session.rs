@@ -13,6 +13,7 @@ use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
+use crate::dlpack::MemoryTensor;
 use crate::errors::{detached, named, problem_to_python, store_to_python, to_python};
 use crate::generation::Generation;
 use crate::geometry::Geometry;
@@ -201,14 +202,17 @@ impl Slot {
     }
 
     /// Whether the session holds what its head does not.
-    fn dirty(&self) -> bool {
+    fn dirty(&self) -> PyResult<bool> {
         let engine = &self.engine;
-        !self.read_only
-            && (engine.unsettled()
-                || self
-                    .kept
-                    .as_ref()
-                    .is_some_and(|kept| kept.differs(&engine.memory(), engine.tokens_seen(), engine.turns())))
+        match &self.kept {
+            _ if self.read_only => Ok(false),
+            _ if engine.unsettled() => Ok(true),
+            Some(kept) => {
+                let memory = engine.memory().map_err(to_python)?;
+                Ok(kept.differs(&memory, engine.tokens_seen(), engine.turns()))
+            }
+            None => Ok(false),
+        }
     }
 
     /// The session's place in a store, for what changes something there.
@@ -232,7 +236,7 @@ impl Slot {
         }
         if !force {
             self.settle(py)?;
-            if self.dirty() {
+            if self.dirty()? {
                 return Err(named(
                     "SessionError",
                     format!(
@@ -268,7 +272,11 @@ impl Session {
         engine.set_strength(opening.strength).map_err(to_python)?;
         engine.set_writable(!opening.read_only);
         let mut slot = Slot {
-            watch: opening.on_drift.map(|on_drift| Watch::new(on_drift, &engine)),
+            watch: opening
+                .on_drift
+                .map(|on_drift| Watch::new(on_drift, &engine))
+                .transpose()
+                .map_err(to_python)?,
             engine,
             kept,
             read_only: opening.read_only,
@@ -338,8 +346,8 @@ impl Session {
     ///
     /// Parameters
     /// ----------
-    /// tokens : str, sequence of int, or ndarray of int32 or int64 with shape [T]
-    ///     What to read. A contiguous int32 array is used where it lies. Text at the start of a turn gets the special tokens that the
+    /// tokens : str, sequence of int, or array of int32 or int64 with shape [T]
+    ///     What to read. An array is NumPy's, or any other library's by DLPack; a contiguous int32 array on the CPU is used where it lies. Text at the start of a turn gets the special tokens that the
     ///     tokenizer puts at a start.
     /// write : bool
     ///     Whether these tokens may write the memory; False only reads it. In a session that is read-only or frozen none writes.
@@ -628,13 +636,39 @@ impl Session {
         })
     }
 
-    /// The memory: float32 [layers, heads, r, r], read-only, without a copy.
+    /// The memory: float32 [layers, heads, r, r], read-only, without a copy; on CUDA it is copied from the card, once for each state.
     ///
     /// S[i, j] of a layer and head: i is the value's row, j the key's column; a read is S q. The array is a moment's state: it never
-    /// changes, whatever the session does next, and may outlive it.
+    /// changes, whatever the session does next, and may outlive it. ``memory_dlpack`` gives the state where it lies.
+    ///
+    /// Raises
+    /// ------
+    /// DeviceError
+    ///     The card failed, and with it what was on it since the last commit or snapshot.
+    /// NotFiniteError
+    ///     On CUDA: the state holds NaN or infinite numbers. (On the CPU the call that made them raises.)
     #[getter]
     fn memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray4<f32>>> {
-        self.with(|session| view(py, session.memory(), session.geometry()))
+        self.with(|session| {
+            let memory = py.detach(|| session.memory()).map_err(to_python)?;
+            view(py, memory, session.geometry())
+        })
+    }
+
+    /// The memory where it lies, for DLPack: ``torch.from_dlpack(session.memory_dlpack())``, as NumPy, CuPy and JAX read it too.
+    ///
+    /// float32 [layers, heads, r, r] on the CPU, or on the card that the model runs on; never a copy of it. Like ``memory`` it is a moment's
+    /// state that nobody writes any more: it is read-only, does not change with the session, and lives as long as a reader holds it.
+    ///
+    /// Raises
+    /// ------
+    /// DeviceError
+    ///     A state that was restored cannot be put on the card.
+    fn memory_dlpack(&self, py: Python<'_>) -> PyResult<MemoryTensor> {
+        self.with(|session| {
+            let state = py.detach(|| session.state()).map_err(to_python)?;
+            Ok(MemoryTensor::new(state, session.geometry()))
+        })
     }
 
     /// An immutable copy of what the session needs to go on elsewhere: memory, counters, sampler. A few KB; no KV cache.
@@ -687,7 +721,9 @@ impl Session {
                 slot.watch.as_ref(),
                 slot.kept.as_ref().and_then(|kept| kept.head.as_ref()),
             );
-            let report = py.detach(|| Report::of(engine, watch, head, measured));
+            let report = py
+                .detach(|| Report::of(engine, watch, head, measured))
+                .map_err(to_python)?;
             report.to_python(py, engine, watch)
         })
     }
@@ -745,7 +781,7 @@ impl Session {
             && slot.kept.as_ref().is_some_and(|kept| kept.autocommit)
         {
             slot.ending(py, |engine, interrupt| engine.end_turn(interrupt))?;
-            if slot.dirty() {
+            if slot.dirty()? {
                 slot.autocommit(py)?;
             }
         }
@@ -813,7 +849,7 @@ impl Session {
     /// Whether the session holds something that ``head`` does not. Always False without a store.
     #[getter]
     fn dirty(&self) -> PyResult<bool> {
-        self.at(|slot, _| Ok(slot.kept.is_some() && slot.dirty()))
+        self.at(|slot, _| Ok(slot.kept.is_some() && slot.dirty()?))
     }
 
     /// Whether every end of a turn commits.
@@ -1197,7 +1233,7 @@ impl Session {
             slot.kept(label)?;
             let (mut ids, message) = self.asked(slot, &text)?;
             let now = slot.snapshot(py)?;
-            let (changed, strength) = (slot.dirty(), slot.engine.strength());
+            let (changed, strength) = (slot.dirty()?, slot.engine.strength());
             let mut reply = None;
             let queries = detached(py, |interrupt| {
                 let mut aside = deltamem_engine::Session::new(Arc::clone(&self.model));

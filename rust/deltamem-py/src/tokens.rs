@@ -1,5 +1,5 @@
-//! What a caller may pass as tokens and as their spans: text, a list of ids, or a NumPy array. A contiguous int32 array is used where it
-//! lies.
+//! What a caller may pass as tokens and as their spans: text, a list of ids, a NumPy array, or another library's by DLPack. A contiguous int32
+//! array is used where it lies.
 
 use std::borrow::Cow;
 
@@ -7,7 +7,7 @@ use deltamem_engine::{EngineError, Session, Spans};
 use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyString};
+use pyo3::types::{PyBool, PyDict, PyString};
 
 use crate::errors::to_python;
 
@@ -114,9 +114,13 @@ fn integers<'py>(
     if let Ok(array) = value.cast::<PyUntypedArray>() {
         return array_ids(array, out_of_range);
     }
+    if value.hasattr("__dlpack__")? && value.hasattr("__dlpack_device__")? {
+        let array = by_dlpack(value)?;
+        return array_ids(array.cast::<PyUntypedArray>()?, out_of_range);
+    }
     let Ok(items) = value.try_iter() else {
         return Err(PyTypeError::new_err(format!(
-            "found {}, expected {accepted}, or a NumPy array of int32 or int64 with shape [T]",
+            "found {}, expected {accepted}, or an array of int32 or int64 with shape [T] (NumPy's, or another's by DLPack)",
             value.get_type().name()?
         )));
     };
@@ -140,6 +144,36 @@ fn integers<'py>(
         ids.push(i32::try_from(id).map_err(|_| out_of_range(id, index))?);
     }
     Ok(Tokens::Owned(ids))
+}
+
+/// Another library's array, as NumPy reads it: where it lies, or copied to the CPU from where NumPy cannot look.
+fn by_dlpack<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    let py = value.py();
+    let numpy = py.import("numpy")?;
+    let said = |error: PyErr| {
+        PyTypeError::new_err(format!(
+            "found {}, which NumPy cannot take by DLPack ({error}); pass ids on the CPU (tensor.cpu()), int32 or int64 with shape [T]",
+            value
+                .get_type()
+                .name()
+                .map_or_else(|_| "an object".into(), |name| name.to_string())
+        ))
+    };
+    let at_once = numpy.call_method1("from_dlpack", (value,));
+    at_once
+        .or_else(|_| {
+            let arguments = PyDict::new(py);
+            arguments.set_item("device", "cpu")?;
+            numpy.call_method("from_dlpack", (value,), Some(&arguments))
+        })
+        .or_else(|error| {
+            // Libraries whose DLPack does not copy between devices have a word of their own for it.
+            match value.call_method0("cpu") {
+                Ok(copied) => numpy.call_method1("from_dlpack", (copied,)),
+                Err(_) => Err(error),
+            }
+        })
+        .map_err(said)
 }
 
 fn array_ids<'py>(

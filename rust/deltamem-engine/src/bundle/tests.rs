@@ -190,6 +190,122 @@ fn a_bundle_of_token_ids_only_has_no_text_and_no_tokenizer_in_its_fingerprint() 
     assert_eq!(open(&bundle_with(ids_only)).unwrap().manifest().text, None);
 }
 
+/// The test's manifest with a graph for CUDA beside the processor's.
+fn with_cuda() -> Value {
+    let mut manifest = manifest();
+    let mut cuda = manifest["graph"].clone();
+    for (name, value) in [
+        ("device", json!("cuda")),
+        ("precision", json!("bf16")),
+        ("precision_setting", json!("bf16")),
+        ("file", json!("model.cuda.onnx")),
+        ("measured_file", Value::Null),
+        ("kv_dtype", json!("bfloat16")),
+        ("logits_dtype", json!("float32")),
+        ("files", json!(["model.cuda.onnx", "model.onnx.data"])),
+        ("check", Value::Null),
+        ("not_checked", json!("the CPU has no bfloat16")),
+    ] {
+        cuda[name] = value;
+    }
+    manifest["graphs"] = json!([cuda]);
+    let graph = b"a graph for CUDA";
+    manifest["files"]["model.cuda.onnx"] = json!({"bytes": graph.len(), "blake3": blake3_of(graph)});
+    manifest
+}
+
+fn open_with_cuda(manifest: Value) -> Result<Bundle, BundleError> {
+    let dir = bundle_with(manifest);
+    fs::write(dir.path().join("model.cuda.onnx"), b"a graph for CUDA").unwrap();
+    open(&dir)
+}
+
+#[test]
+fn a_bundle_has_a_graph_for_each_device_under_one_fingerprint() {
+    use GraphDevice::{Cpu, Cuda};
+    let bundle = open_with_cuda(with_cuda()).unwrap();
+    let first = bundle.manifest().clone();
+    assert_eq!(first.devices(), [Cpu, Cuda]);
+    assert_eq!(first.graph_on(Cuda), Some(&first.graphs[0]));
+    assert_eq!(bundle.clone().on(Cpu).unwrap().manifest(), &first);
+
+    let cuda = bundle.clone().on(Cuda).unwrap();
+    let on_cuda = cuda.manifest();
+    assert_eq!(cuda.fingerprint(), bundle.fingerprint());
+    assert_eq!(
+        (on_cuda.graph.file.as_str(), on_cuda.graph.kv_dtype),
+        ("model.cuda.onnx", ElementType::Bfloat16)
+    );
+    assert_eq!((on_cuda.precision.as_str(), &on_cuda.check), ("bf16", &None));
+    assert!(on_cuda.graph.not_checked.is_some());
+    assert_eq!(on_cuda.devices(), [Cpu, Cuda]);
+
+    let back = cuda.on(Cpu).unwrap();
+    let back = back.manifest();
+    assert_eq!(
+        (&back.precision, &back.check, &back.graph.file),
+        (&first.precision, &first.check, &first.graph.file)
+    );
+    assert_eq!(back.precision_of(&back.graphs[0]), "bf16");
+}
+
+#[test]
+fn a_device_without_a_graph_is_an_error_that_says_how_to_add_one() {
+    let bundle = open(&bundle_with(manifest())).unwrap();
+    assert_eq!(bundle.manifest().devices(), [GraphDevice::Cpu]);
+    let error = bundle.on(GraphDevice::Cuda).unwrap_err().to_string();
+    for words in [
+        "are for cpu, not for cuda",
+        "--device cuda --precision fp16 --into ",
+    ] {
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn bundles_of_older_exporters_say_no_device_and_have_one() {
+    use GraphDevice::{Cpu, Cuda};
+    for (precision, devices) in [
+        ("fp32", vec![Cpu]),
+        ("int4", vec![Cpu]),
+        ("fp16", vec![Cpu, Cuda]),
+        ("bf16", vec![Cuda]),
+    ] {
+        let bundle = open(&bundle_with(changed("/precision", json!(precision)))).unwrap();
+        assert_eq!(bundle.manifest().devices(), devices, "{precision}");
+        for device in devices {
+            let same = bundle.clone().on(device).unwrap();
+            assert_eq!(same.manifest(), bundle.manifest());
+        }
+    }
+}
+
+#[test]
+fn further_graphs_that_cannot_be_are_refused_by_field() {
+    for (pointer, value, field) in [
+        ("/device", json!("cpu"), "graphs[0].device"),
+        ("/device", json!("abacus"), "line"),
+        ("/logits_dtype", json!("float16"), "graphs[0].logits_dtype"),
+        ("/kv_layers", json!([0, 7]), "graphs[0].kv_layers"),
+        ("/span_width", json!(32), "graphs[0].span_width"),
+        (
+            "/states",
+            json!([state("", "b", "float16", json!([2]))]),
+            "graphs[0].states[0].input",
+        ),
+        ("/file", json!("other.onnx"), "graphs[0].file"),
+        ("/files", json!(["model.onnx", "../secret"]), "graphs[0].files"),
+    ] {
+        let mut manifest = with_cuda();
+        *manifest["graphs"][0].pointer_mut(pointer).unwrap() = value;
+        let error = open_with_cuda(manifest).unwrap_err();
+        assert!(
+            matches!(&error, BundleError::Inconsistent { field: named, .. } if named.starts_with(field)),
+            "{pointer}: {error}"
+        );
+    }
+}
+
 #[test]
 fn paths_without_a_bundle_are_named() {
     let dir = tempfile::tempdir().unwrap();

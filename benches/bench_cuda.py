@@ -1,0 +1,258 @@
+"""The engine on an NVIDIA card, against opponents on the same card in the same run: what the memory costs, many sessions, a turn after a
+history, memory on the card, and what runs in a step. Without a card it says why there is none and ends with exit code 77.
+
+    python benches/bench_cuda.py [--quick] [--device DEVICE]
+
+`--device _device_on_cpu` has the processor play the card: to see that the bench runs, not to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import deltamem_rt as dm
+import models
+from bench_history import a_turn, first_token
+from bench_sessions import Users
+from deltamem_rt import _native
+from deltamem_rt._onnxruntime import find_library, open_cuda_libraries
+from measuring import Ratio, Table, interleaved, quantity, reached
+from opponents import Engine, GenAI, Torch
+from run import NO_CARD
+
+TURN, MESSAGE = 256, 24
+PROFILED = 16
+"""Single tokens in a profile."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. `counts`: sessions at once; `marks`: tokens of history."""
+
+    names: tuple[str, ...] = ("qwen3-0.6b", "qwen3-4b")
+    precisions: tuple[str, ...] = ("fp16", "int4")
+    prompt: int = 512
+    tokens: int = 64
+    rounds: int = 9
+    counts: tuple[int, ...] = (1, 8, 64)
+    marks: tuple[int, ...] = (0, 8_192, 32_768, 131_072)
+
+
+QUICK = Plan(("smoke",), ("fp16",), 32, 4, 2, (1, 3), (0, 256, 512, 4096))
+
+
+def no_card() -> str | None:
+    """Why no card can be measured; None where one answers."""
+    library = find_library().path
+    open_cuda_libraries(library)
+    report = _native.doctor(library)
+    return None if report["cuda"] else str(report["cuda_says"])
+
+
+def load(path: Path, device: str, **options: Any) -> dm.Model:
+    return dm.Model.load(path, device=device, verify=False, **options)
+
+
+def prompts(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 120, count, dtype=np.int32)
+
+
+def genai_has_cuda() -> bool:
+    try:
+        version("onnxruntime-genai-cuda")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def bench_cost(made: models.Made, plan: Plan, device: str, table: Table) -> None:
+    """A prompt and a token with the memory, against the backbone alone, onnxruntime-genai and PyTorch."""
+    opponents: dict[str, Any] = {
+        "memory": Engine(load(made.bundle, device)),
+        "backbone alone": Engine(load(made.bare, device)),
+    }
+    goals = {"backbone alone": 1 / 1.03}
+    on_card = device.startswith("cuda")
+    if on_card and genai_has_cuda():
+        # Its graph has no memory, and so is held against the engine on the same graph.
+        opponents["onnxruntime-genai"] = GenAI(made.genai)
+    if made.precision.startswith("fp16"):
+        opponents["PyTorch with memory"] = Torch(made.backbone, made.adapter, "fp16", "cuda" if on_card else "cpu")
+        goals["PyTorch with memory"] = 3.0
+    prompt = prompts(plan.prompt)
+    found = interleaved({name: lambda o=o: o(prompt, plan.tokens) for name, o in opponents.items()}, plan.rounds)
+    for figure in ("prefill", "decode"):
+        for name in opponents:
+            if name == "memory":
+                continue
+            ours = "backbone alone" if name == "onnxruntime-genai" else "memory"
+            ratio = Ratio.of(found[name][figure], found[ours][figure])
+            goal = 1.0 if name == "onnxruntime-genai" else goals[name]
+            judged = (
+                reached(ratio.value, round(goal, 3)) if figure == "decode" or name != "PyTorch with memory" else "-"
+            )
+            mine, theirs = (quantity(found[who][figure]) for who in (ours, name))
+            table.row(made.name, made.precision, figure, f"engine, {ours}", mine, name, theirs, ratio, judged)
+
+
+def bench_sessions(made: models.Made, plan: Plan, device: str, table: Table) -> None:
+    """Sessions that decode at once, against the same one after another; and what each holds on the card."""
+    model = load(made.bundle, device, max_batch=max(plan.counts))
+    for count in plan.counts:
+        gc.collect()
+        before = card_bytes()
+        users = Users(model, count, 2 * (plan.rounds + 2) * plan.tokens + 2)
+        held = card_bytes() - before
+        rates = interleaved(
+            {
+                "threads": lambda u=users: u.in_threads(plan.tokens),
+                "in turn": lambda u=users: u.one_after_another(plan.tokens),
+            },
+            plan.rounds,
+        )
+        users.close()
+        ratio = Ratio.of(rates["threads"]["rate"], rates["in turn"]["rate"])
+        both = [f"{statistics.median(rates[who]['rate']):,.1f} /s" for who in ("threads", "in turn")]
+        per_user = f"{held / count / 2**20:.1f} MiB" if held > 0 else "-"
+        table.row(made.name, made.precision, count, *both, ratio, per_user, f"{model.geometry.bytes / 2**10:.1f} KiB")
+
+
+def card_bytes() -> int:
+    """What this process holds on the cards, as nvidia-smi counts it; 0 without one."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    rows = [line.split(",") for line in done.stdout.splitlines()]
+    return sum(int(row[1]) << 20 for row in rows if row[0].strip() == str(os.getpid()) and row[1].strip().isdigit())
+
+
+def bench_history(made: models.Made, plan: Plan, device: str, table: Table) -> None:
+    """The first token of a turn after a history that the memory has read, against reading the history again."""
+    model, bare = load(made.bundle, device), load(made.bare, device)
+    message, read = prompts(MESSAGE, 1), 0
+    with model.session() as session:
+        for mark in plan.marks:
+            while read < mark:
+                session.feed(prompts(min(TURN, mark - read), read))
+                session.end_turn()
+                read += TURN
+            a_turn(session, message)
+            ours = [a_turn(session, message) for _ in range(plan.rounds)]
+            if mark + MESSAGE + 2 > bare.context_length:
+                table.row(made.name, made.precision, f"{mark:,}", quantity(ours), "over its context", "-", "-")
+                continue
+            again = []
+            for _ in range(3):
+                with bare.session() as other:
+                    again.append(first_token(other, np.concatenate([prompts(mark, 2), message])))
+            ratio = statistics.median(again) / statistics.median(ours)
+            goal = reached(ratio, 64) if mark == 32_768 else "-"
+            table.row(
+                made.name, made.precision, f"{mark:,}", quantity(ours), quantity(again), f"**{ratio:,.1f}x**", goal
+            )
+
+
+def bench_profile(made: models.Made, device: str, table: Table) -> None:
+    """What runs in a step of one token: ONNX Runtime's own profile of the engine's runs, in a process of its own."""
+    for name, bundle in (("with memory", made.bundle), ("backbone alone", made.bare)):
+        with tempfile.TemporaryDirectory() as folder:
+            code = (
+                "import sys, numpy as np, deltamem_rt as dm\n"
+                "with dm.Model.load(sys.argv[1], device=sys.argv[2], verify=False, max_batch=1).session() as session:\n"
+                f"    session.feed(np.arange(3, 67, dtype=np.int32))\n    for _ in range({PROFILED}): session.feed([5])\n"
+            )
+            subprocess.run(
+                [sys.executable, "-c", code, str(bundle), device],
+                env={**os.environ, "DELTAMEM_PROFILE": str(Path(folder) / "profile")},
+                check=True,
+            )
+            events = json.loads(next(Path(folder).glob("profile*.json")).read_text())
+        nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+        # The prompt's run and the tokens' have the same nodes.
+        runs = PROFILED + 1
+        places = Counter(e["args"].get("provider", "?") for e in nodes)
+        moved = sum(e["args"].get("op_name", "").startswith("Memcpy") for e in nodes)
+        kernels = sum(e.get("cat") == "Kernel" for e in events)
+        busy: Counter[str] = Counter()
+        for event in nodes:
+            busy[event["args"].get("op_name", "?")] += event["dur"]
+        most = ", ".join(f"{operator} {time / runs / 1e3:.2f} ms" for operator, time in busy.most_common(4))
+        where = ", ".join(
+            f"{place.removesuffix('ExecutionProvider')} {count / runs:.0f}" for place, count in places.items()
+        )
+        table.row(
+            made.name,
+            made.precision,
+            name,
+            f"{len(nodes) / runs:.0f}",
+            where,
+            f"{moved / runs:.1f}",
+            f"{kernels / runs:.0f}" if kernels else "not told by this build",
+            most,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the smallest model and few rounds: to see that it runs")
+    parser.add_argument("--device", default="cuda", help="where to run (default: %(default)s)")
+    options = parser.parse_args()
+    if options.device.startswith("cuda") and (why := no_card()) is not None:
+        print(f"no card answers here, so nothing was measured: {why}", file=sys.stderr)
+        raise SystemExit(NO_CARD)
+    plan = QUICK if options.quick else Plan()
+    print("## cuda\n\nRandom weights. " + " · ".join(f"`{name}`: {models.SHAPES[name].says}." for name in plan.names))
+    print(
+        f"\nTF32 is off. Prompts of {plan.prompt} tokens, then {plan.tokens} single ones, greedy; opponents take turns, medians of "
+        f"{plan.rounds} rounds, the ratio's range in brackets: the opponent's time over the engine's."
+    )
+    if options.device.startswith("cuda") and not genai_has_cuda():
+        print("\nonnxruntime-genai's CUDA wheel, onnxruntime-genai-cuda, is not installed, so it is no opponent here.")
+    all_made = [models.made(n, p, device="cuda") for n in plan.names for p in plan.precisions]
+    table = Table("model", "precision", "what", "engine", "time", "opponent", "its time", "ratio", "goal")
+    for made in all_made:
+        bench_cost(made, plan, options.device, table)
+        gc.collect()
+    print(
+        "\n### Many sessions\n\nTokens a second over all of them, in threads of their own, against one after another."
+    )
+    table = Table("model", "precision", "sessions", "at once", "in turn", "ratio", "on the card, each", "of it state")
+    for made in all_made:
+        bench_sessions(made, plan, options.device, table)
+        gc.collect()
+    print(f"\n### A turn after a history\n\nSeconds to the first token of the reply to {MESSAGE} tokens.")
+    table = Table("model", "precision", "history", "memory", "reading again", "ratio", "goal")
+    for made in all_made:
+        bench_history(made, plan, options.device, table)
+        gc.collect()
+    print(
+        "\n### A step\n\nNodes of one run by ONNX Runtime's profile, where they ran, those that copy between host and card, "
+        "kernel launches where the build tells them, and the operators that take most on the host's clock."
+    )
+    table = Table("model", "precision", "graph", "nodes", "where", "copies", "launches", "most time")
+    for made in all_made:
+        bench_profile(made, options.device, table)
+
+
+if __name__ == "__main__":
+    main()

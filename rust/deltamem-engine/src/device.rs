@@ -1,0 +1,308 @@
+//! Memory on the device that a graph runs on. It is allocated by ONNX Runtime, and copied, wiped and rearranged by small graphs of its own
+//! ([`graphs`]), so that nothing here calls CUDA and the same code runs on the processor, where tests hold it against plain memory. Nothing
+//! outside this file and [`crate::call`] has an address of it to follow. It knows bytes; it knows nothing of models, turns and states.
+
+mod graphs;
+pub(crate) mod provider;
+
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::Session;
+
+use self::provider::Provider;
+use crate::call::{Call, Tensor};
+use crate::error::{EngineError, Result};
+use crate::runtime::Runtime;
+
+/// What the small graphs count in: every size here is a multiple of it.
+pub(crate) const WORD: usize = size_of::<i32>();
+
+/// One device's memory. Its buffers keep it alive.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory {
+    provider: Provider,
+    runtime: &'static Runtime,
+    info: MemoryInfo<'static>,
+    // Before the sessions: the allocator is that of the copying one, and must go first.
+    allocator: Mutex<Allocator>,
+    moves: Mutex<Moves>,
+}
+
+/// The sessions of the small graphs. The one that copies is there from the start, the others are opened when they are first needed.
+#[derive(Debug)]
+struct Moves {
+    copy: Session,
+    zero: Option<Session>,
+    rows: Option<Session>,
+}
+
+/// Bytes on the device, aligned for every element type. What is in them at first is anything.
+#[derive(Debug)]
+pub(crate) struct DeviceBuffer {
+    address: NonNull<u8>,
+    bytes: usize,
+    memory: Arc<DeviceMemory>,
+}
+
+// SAFETY: the address is never followed here; it is given to ONNX Runtime, which takes it on any thread. Who may write when is decided by
+// borrows of the buffer, as for memory of the host.
+#[allow(unsafe_code)]
+unsafe impl Send for DeviceBuffer {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for DeviceBuffer {}
+
+/// Rows of groups that lie one behind the other, [groups, rows, row], of which the first `used` of each group are moved into groups of
+/// `to` rows; the rows behind them become zero.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows {
+    pub(crate) groups: usize,
+    /// Rows of a group where they come from, and where they go.
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) used: usize,
+    /// Bytes of one row.
+    pub(crate) row: usize,
+}
+
+impl DeviceMemory {
+    /// The memory of the provider's device. The small graph that copies runs once, so that a device which does not answer is found here.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] with what is missing and what to do.
+    pub(crate) fn open(runtime: &'static Runtime, provider: Provider) -> Result<Arc<Self>> {
+        let copy = provider.open_small(runtime, &graphs::copy())?;
+        let (device, id) = match provider {
+            Provider::Cuda { id, .. } => (AllocationDevice::CUDA, id),
+            Provider::Host => (AllocationDevice::CPU, 0),
+        };
+        let info = MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
+            .map_err(EngineError::onnx("describing the device's memory"))?;
+        let allocator = Allocator::new(&copy, info.to_owned())
+            .map_err(EngineError::onnx("asking for the device's memory"))
+            .map_err(|error| provider.explain(error))?;
+        let memory = Arc::new(Self {
+            provider,
+            runtime,
+            info,
+            allocator: Mutex::new(allocator),
+            moves: Mutex::new(Moves {
+                copy,
+                zero: None,
+                rows: None,
+            }),
+        });
+        let sent = [7_u8; 8];
+        let mut buffer = memory.allocate(sent.len())?;
+        buffer.upload(0, &sent)?;
+        let mut back = [0; 8];
+        buffer.download(0, &mut back)?;
+        if back != sent {
+            return Err(EngineError::Device(format!(
+                "{provider}: what was written to the device's memory did not come back; check the card and its driver with nvidia-smi"
+            )));
+        }
+        Ok(memory)
+    }
+
+    /// Who runs on this device.
+    pub(crate) fn provider(&self) -> Provider {
+        self.provider
+    }
+
+    /// ONNX Runtime's description of this memory.
+    pub(crate) fn info(&self) -> &MemoryInfo<'static> {
+        &self.info
+    }
+
+    /// So many bytes, with anything in them.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when the device has no more.
+    pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<DeviceBuffer> {
+        let allocator = self.allocator.lock().unwrap_or_else(PoisonError::into_inner);
+        // A block of nothing has no address.
+        let block = allocator
+            .alloc::<u8>(bytes.max(WORD))
+            .map_err(EngineError::onnx("taking memory of the device"))
+            .map_err(|error| self.provider.explain(error))?
+            .into_raw();
+        let address = NonNull::new(block.cast()).ok_or_else(|| {
+            EngineError::Device(format!("{} gave no memory for {bytes} bytes", self.provider))
+        })?;
+        drop(allocator);
+        Ok(DeviceBuffer {
+            address,
+            bytes,
+            memory: Arc::clone(self),
+        })
+    }
+
+    /// Runs the graph that copies.
+    fn copy<'a>(&self, from: &Tensor<'a>, to: &mut Tensor<'a>) -> Result<()> {
+        let mut moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut call = Call::default();
+        call.input(graphs::FROM, from);
+        call.output(graphs::TO, to);
+        call.run(&mut moves.copy)
+            .map_err(|error| self.provider.explain(error))
+    }
+}
+
+impl DeviceBuffer {
+    /// Where it lies on the device.
+    pub(crate) fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// The memory that it is of.
+    pub(crate) fn memory(&self) -> &Arc<DeviceMemory> {
+        &self.memory
+    }
+
+    /// Writes `bytes` from `start` on.
+    pub(crate) fn upload(&mut self, start: usize, bytes: &[u8]) -> Result<()> {
+        let words: &[i32] = bytemuck::try_cast_slice(bytes).map_err(|_| in_words(bytes.len()))?;
+        let from = Tensor::input(words, &[words.len()])?;
+        let mut to = Tensor::words(self, start, &[words.len()])?;
+        self.memory.copy(&from, &mut to)
+    }
+
+    /// Reads what is there from `start` on.
+    pub(crate) fn download(&self, start: usize, bytes: &mut [u8]) -> Result<()> {
+        let count = bytes.len();
+        let words: &mut [i32] = bytemuck::try_cast_slice_mut(bytes).map_err(|_| in_words(count))?;
+        let shape = [words.len()];
+        let from = Tensor::words(self, start, &shape)?;
+        let mut to = Tensor::output(words, &shape)?;
+        self.memory.copy(&from, &mut to)
+    }
+
+    /// Copies `bytes` bytes of another buffer.
+    pub(crate) fn copy(
+        &mut self,
+        start: usize,
+        other: &Self,
+        other_start: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        let shape = [in_whole_words(bytes)?];
+        let from = Tensor::words(other, other_start, &shape)?;
+        let mut to = Tensor::words(self, start, &shape)?;
+        self.memory.copy(&from, &mut to)
+    }
+
+    /// Has two parts that do not overlap change places.
+    pub(crate) fn swap(&mut self, a: usize, b: usize, bytes: usize) -> Result<()> {
+        let mut aside = self.memory.allocate(bytes)?;
+        aside.copy(0, self, a, bytes)?;
+        let shape = [in_whole_words(bytes)?];
+        let from = Tensor::words(self, b, &shape)?;
+        let mut to = Tensor::words(self, a, &shape)?;
+        self.memory.copy(&from, &mut to)?;
+        drop((from, to));
+        self.copy(b, &aside, 0, bytes)
+    }
+
+    /// Writes zeros over `bytes` bytes.
+    pub(crate) fn zero(&mut self, start: usize, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let words = in_whole_words(bytes)?;
+        let size = [i64::try_from(words).unwrap_or(i64::MAX)];
+        let size = Tensor::input(&size, &[1])?;
+        let mut to = Tensor::words(self, start, &[words])?;
+        let memory = &self.memory;
+        let mut moves = memory.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = opened(&mut moves.zero, memory, graphs::zero)?;
+        let mut call = Call::default();
+        call.input(graphs::SIZE, &size);
+        call.output(graphs::TO, &mut to);
+        call.run(session).map_err(|error| memory.provider.explain(error))
+    }
+
+    /// Moves rows of another buffer, from its `other_start` on, into this one's part that begins at `start`.
+    pub(crate) fn rows(&mut self, start: usize, other: &Self, other_start: usize, rows: Rows) -> Result<()> {
+        let Rows {
+            groups,
+            from: from_rows,
+            to: to_rows,
+            used,
+            row,
+        } = rows;
+        debug_assert!(used <= from_rows && used <= to_rows);
+        let of = |rows: usize| groups * rows * row;
+        if used == 0 {
+            return self.zero(start, of(to_rows));
+        }
+        if from_rows == to_rows {
+            return self.copy(start, other, other_start, of(to_rows));
+        }
+        let words = in_whole_words(row)?;
+        let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let take = [number(used)];
+        let size = [number(groups), number(to_rows - used), number(words)];
+        let from = Tensor::words(other, other_start, &[groups, from_rows, words])?;
+        let take = Tensor::input(&take, &[1])?;
+        let size = Tensor::input(&size, &[3])?;
+        let mut to = Tensor::words(self, start, &[groups, to_rows, words])?;
+        let memory = &self.memory;
+        let mut moves = memory.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = opened(&mut moves.rows, memory, graphs::rows)?;
+        let mut call = Call::default();
+        call.input(graphs::FROM, &from);
+        call.input(graphs::TAKE, &take);
+        call.input(graphs::SIZE, &size);
+        call.output(graphs::TO, &mut to);
+        call.run(session).map_err(|error| memory.provider.explain(error))
+    }
+}
+
+impl Drop for DeviceBuffer {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        let allocator = self
+            .memory
+            .allocator
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the address came from this allocator in `DeviceMemory::allocate` and is given back once. No run is in flight on it:
+        // a run borrows its tensors, and ONNX Runtime waits for the device before it returns.
+        unsafe { allocator.free(self.address.as_ptr()) }
+    }
+}
+
+fn opened<'s>(
+    session: &'s mut Option<Session>,
+    memory: &DeviceMemory,
+    graph: fn() -> Vec<u8>,
+) -> Result<&'s mut Session> {
+    if session.is_none() {
+        *session = Some(memory.provider.open_small(memory.runtime, &graph())?);
+    }
+    session.as_mut().ok_or_else(|| {
+        EngineError::Device("a graph that moves memory is not there; please report this".into())
+    })
+}
+
+fn in_whole_words(bytes: usize) -> Result<usize> {
+    if bytes.is_multiple_of(WORD) {
+        Ok(bytes / WORD)
+    } else {
+        Err(in_words(bytes))
+    }
+}
+
+fn in_words(bytes: usize) -> EngineError {
+    EngineError::Device(format!(
+        "{bytes} bytes are moved on the device, expected a multiple of {WORD} at an address that is one; please report this"
+    ))
+}

@@ -1,0 +1,175 @@
+//! Three small ONNX graphs that move memory where it lies: a copy, zeros, and rows into groups of another size. They are written here, byte by
+//! byte in ONNX's own format, because they are shorter than what would read them from a file. All count in int32, so that no number is looked
+//! at; each operator in them has a kernel for the processor and for CUDA.
+
+use std::ffi::CStr;
+
+/// What is copied.
+pub(crate) const FROM: &CStr = c"from";
+/// How many rows of each group, int64 [1].
+pub(crate) const TAKE: &CStr = c"take";
+/// The shape of the zeros, int64 [1] or [3].
+pub(crate) const SIZE: &CStr = c"size";
+/// Where it goes.
+pub(crate) const TO: &CStr = c"to";
+
+/// ONNX's numbers for the element types.
+const INT32: u64 = 6;
+const INT64: u64 = 7;
+
+/// ONNX's number for an attribute that is a tensor, and one that is an integer.
+const TENSOR: u64 = 4;
+const INT: u64 = 2;
+
+/// The format's version that opset 17 came with, which every ONNX Runtime reads that the engine takes.
+const IR_VERSION: u64 = 8;
+const OPSET: u64 = 17;
+
+/// `to` = `from`, int32 [n].
+pub(crate) fn copy() -> Vec<u8> {
+    model(
+        &[node("Identity", &["from"], "to", &[])],
+        &[],
+        &[value("from", INT32, &["n"])],
+        &value("to", INT32, &["n"]),
+    )
+}
+
+/// `to` = zeros of `size`, int32 [n].
+pub(crate) fn zero() -> Vec<u8> {
+    model(
+        &[zeros("to")],
+        &[],
+        &[value("size", INT64, &["1"])],
+        &value("to", INT32, &["n"]),
+    )
+}
+
+/// `to` [groups, rows, row] = the first `take` rows of each group of `from`, and zeros of `size` behind them.
+pub(crate) fn rows() -> Vec<u8> {
+    model(
+        &[
+            node("Slice", &["from", "first", "take", "axis"], "taken", &[]),
+            zeros("rest"),
+            node("Concat", &["taken", "rest"], "to", &[integer("axis", 1)]),
+        ],
+        &[tensor("first", INT64, 7, 0), tensor("axis", INT64, 7, 1)],
+        &[
+            value("from", INT32, &["groups", "from_rows", "row"]),
+            value("take", INT64, &["1"]),
+            value("size", INT64, &["3"]),
+        ],
+        &value("to", INT32, &["groups", "to_rows", "row"]),
+    )
+}
+
+fn zeros(to: &str) -> Vec<u8> {
+    let mut attribute = text(1, "value");
+    attribute.extend(bytes(5, &tensor("", INT32, 5, 0)));
+    attribute.extend(number(20, TENSOR));
+    node("ConstantOfShape", &["size"], to, &[attribute])
+}
+
+/// A `ModelProto`.
+fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &[u8]) -> Vec<u8> {
+    let mut graph = Vec::new();
+    for node in nodes {
+        graph.extend(bytes(1, node));
+    }
+    graph.extend(text(2, "moves"));
+    for constant in constants {
+        graph.extend(bytes(5, constant));
+    }
+    for input in inputs {
+        graph.extend(bytes(11, input));
+    }
+    graph.extend(bytes(12, output));
+    let mut opset = text(1, "");
+    opset.extend(number(2, OPSET));
+    let mut model = number(1, IR_VERSION);
+    model.extend(bytes(7, &graph));
+    model.extend(bytes(8, &opset));
+    model
+}
+
+/// A `NodeProto`, named for its output.
+fn node(operator: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
+    let mut node = Vec::new();
+    for input in inputs {
+        node.extend(text(1, input));
+    }
+    node.extend(text(2, output));
+    node.extend(text(3, output));
+    node.extend(text(4, operator));
+    for attribute in attributes {
+        node.extend(bytes(5, attribute));
+    }
+    node
+}
+
+/// An `AttributeProto` with an integer.
+fn integer(name: &str, value: u64) -> Vec<u8> {
+    let mut attribute = text(1, name);
+    attribute.extend(number(3, value));
+    attribute.extend(number(20, INT));
+    attribute
+}
+
+/// A `TensorProto` of shape [1]; `field` is where a number of that type stands.
+fn tensor(name: &str, element: u64, field: u64, value: u64) -> Vec<u8> {
+    let mut tensor = number(1, 1);
+    tensor.extend(number(2, element));
+    tensor.extend(bytes(field, &varint(value)));
+    tensor.extend(text(8, name));
+    tensor
+}
+
+/// A `ValueInfoProto`; a dimension is a number or a name.
+fn value(name: &str, element: u64, shape: &[&str]) -> Vec<u8> {
+    let mut dimensions = Vec::new();
+    for dimension in shape {
+        let dimension = match dimension.parse() {
+            Ok(size) => number(1, size),
+            Err(_) => text(2, dimension),
+        };
+        dimensions.extend(bytes(1, &dimension));
+    }
+    let mut tensor = number(1, element);
+    tensor.extend(bytes(2, &dimensions));
+    let mut value = text(1, name);
+    value.extend(bytes(2, &bytes(1, &tensor)));
+    value
+}
+
+/// A field that is text.
+fn text(field: u64, text: &str) -> Vec<u8> {
+    bytes(field, text.as_bytes())
+}
+
+/// A field of so many bytes.
+fn bytes(field: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut out = varint(field << 3 | 2);
+    out.extend(varint(bytes.len() as u64));
+    out.extend(bytes);
+    out
+}
+
+/// A field that is a number.
+fn number(field: u64, value: u64) -> Vec<u8> {
+    let mut out = varint(field << 3);
+    out.extend(varint(value));
+    out
+}
+
+/// Seven bits a byte, the lowest first.
+fn varint(mut value: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    loop {
+        let low = u8::try_from(value & 0x7f).unwrap_or(0);
+        value >>= 7;
+        out.push(if value > 0 { low | 0x80 } else { low });
+        if value == 0 {
+            return out;
+        }
+    }
+}

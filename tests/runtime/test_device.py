@@ -1,0 +1,425 @@
+"""A device's memory: states, keys and values that stay there from run to run. The processor plays the device here: the same code,
+graphs and ONNX Runtime calls as on a card, with the processor's memory in the place of the card's. Each test holds it against the plain
+CPU path, bit for bit, since the same kernels compute both. What a card alone can show carries the marker `cuda`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deltamem_rt as dm
+from agreement import assert_close
+from together import beside_prompts, together
+
+CASES = ("qwen3_tsw_qo", "gemma2_tsw_qo", "mistral_window_tsw_qo")
+ON_DEVICE = "_device_on_cpu"
+
+
+def load(bundle: Path, **options: object) -> dm.Model:
+    return dm.Model.load(bundle, threads=1, **options)
+
+
+@pytest.fixture(scope="module")
+def models(parity_bundle: Callable[..., Path]) -> tuple[dm.Model, dm.Model]:
+    bundle = parity_bundle("qwen3_tsw_qo")
+    return load(bundle, device="cpu"), load(bundle, device=ON_DEVICE)
+
+
+def ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 256, count, dtype=np.int32)
+
+
+def same(found: object, expected: object) -> None:
+    np.testing.assert_array_equal(found, expected)
+
+
+# the same as on the CPU, bit for bit
+
+
+@pytest.mark.parametrize("graph", ["portable", "fused"])
+@pytest.mark.parametrize("case", CASES)
+def test_goldens(case: str, graph: str, parity_bundle, golden_case) -> None:
+    with (
+        np.load(golden_case(case) / "golden.npz") as golden,
+        load(parity_bundle(case), device=ON_DEVICE, graph=graph).session() as session,
+    ):
+        for t in range(5):
+            logits = session.feed(golden[f"turn{t}_ids"], logits=True)
+            assert_close(f"turn {t} logits", logits, golden[f"turn{t}_logits"], 1e-4)
+            assert_close(f"turn {t} states", session.memory, golden[f"turn{t}_states"], 1e-5)
+            session.end_turn()
+            assert_close(f"turn {t} states after it", session.memory, golden[f"turn{t}_states"], 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+def test_turns_and_growing_caches(precision: str, parity_bundle) -> None:
+    def talk(model: dm.Model) -> list[np.ndarray]:
+        found = []
+        with model.session() as session:
+            # Over the first capacity of 256 tokens twice, in chunks and in single tokens.
+            for turn, counts in enumerate([(5,), (250, 1, 1, 1, 1, 1, 1, 1, 1), (300, 400)]):
+                for part, count in enumerate(counts):
+                    found.append(session.feed(ids(count, 10 * turn + part), logits=True))
+                found.append(session.memory)
+                session.end_turn()
+            session.feed(ids(9, 77), write=False)
+            found.append(session.memory)
+        return found
+
+    bundle = parity_bundle("qwen3_tsw_qo", precision)
+    for found, expected in zip(talk(load(bundle, device=ON_DEVICE)), talk(load(bundle, device="cpu")), strict=True):
+        same(found, expected)
+
+
+def test_a_call_that_fails_leaves_the_state(models) -> None:
+    for model in models:
+        with model.session() as session:
+            session.feed(ids(20))
+            before = session.memory
+            with pytest.raises(dm.ContextLengthError):
+                session.feed(ids(model.context_length))
+            with pytest.raises(ValueError, match="outside the vocabulary"):
+                session.feed([3, 9999])
+            same(session.memory, before)
+            assert session.position == 20
+
+
+def test_snapshots_go_from_one_to_the_other_and_back(models) -> None:
+    ends = []
+    for first, second in (models, models[::-1]):
+        with first.session() as session:
+            session.feed(ids(30))
+            session.end_turn()
+            data = session.snapshot().to_bytes()
+            same(dm.Snapshot.from_bytes(data).memory, session.memory)
+        with second.session() as session:
+            session.restore(dm.Snapshot.from_bytes(data))
+            session.feed(ids(30, 1))
+            ends.append(session.memory)
+            session.reset()
+            assert not session.memory.any()
+    same(*ends)
+
+
+def test_a_store_keeps_and_merges_what_lay_on_the_device(models, tmp_path: Path) -> None:
+    ends = []
+    for number, model in enumerate(models):
+        with dm.Store(tmp_path / f"{number}.store") as store, model.session("ada", store=store) as session:
+            session.feed(ids(10))
+            first = session.commit("first")
+            session.branch("other")
+            session.feed(ids(10, 1))
+            session.commit("second")
+            session.checkout("other")
+            session.feed(ids(10, 2))
+            session.commit("third")
+            session.merge("main")
+            session.feed(ids(4, 3))
+            session.commit("after the merge")
+            ends.append(session.memory)
+            assert not session.dirty
+            session.rollback(first.id)
+            assert session.show(first.id).id == first.id
+            ends.append(session.memory)
+    same(ends[0], ends[2])
+    same(ends[1], ends[3])
+
+
+def test_prefixes_measures_and_strengths(models) -> None:
+    def talk(model: dm.Model) -> list[object]:
+        prefix = model.prefix(ids(300, 5))
+        found: list[object] = []
+        for _ in range(2):
+            with model.session() as session:
+                session.feed(ids(12))
+                session.end_turn()
+                session.begin(prefix)
+                found += [session.feed(ids(3, 1), logits=True), session.memory]
+                health = session.health()
+                found += [health.delta_ratio, health.norm]
+                session.strength = 0.5
+                found.append(session.feed(ids(3, 2), logits=True))
+        return found
+
+    for found, expected in zip(talk(models[1]), talk(models[0]), strict=True):
+        same(found, expected)
+
+
+def test_many_sessions_in_one_step(parity_bundle) -> None:
+    """Slots grow in number and in rows and come free while others go on; each gets what it gets alone, to the rounding of sums."""
+    model = load(parity_bundle("qwen3_tsw_qo"), device=ON_DEVICE, max_batch=6)
+    assert model.unbatched is None
+
+    def talk(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        with model.session() as session:
+            session.feed(ids(10 + 31 * seed, seed))  # the longer ones need more than the first capacity
+            session.end_turn()
+            session.feed(ids(5 + 28 * seed, seed + 50))
+            logits = [session.feed([token], logits=True)[0] for token in ids(25 + 3 * (seed % 4), seed + 100)]
+            in_turn = session.memory
+            session.end_turn()
+            same(session.memory, in_turn)
+            return np.stack(logits), in_turn
+
+    alone = [talk(seed) for seed in range(10)]
+    before = model.stats
+    for (logits, memory), (expected, expected_memory) in zip(
+        together([lambda s=seed: talk(s) for seed in range(10)]), alone, strict=True
+    ):
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(memory, expected_memory, rtol=0, atol=1e-5)
+    after = model.stats
+    assert (after.step_tokens - before.step_tokens) > 1.1 * (after.steps - before.steps)
+    # A slot that others had is as a new one.
+    same(talk(0)[0], alone[0][0])
+
+
+def test_turns_that_change_places_keep_their_rows(parity_bundle) -> None:
+    """Of five turns the first and the last step together: they are brought side by side, and an idle turn goes where the last one was."""
+    model = load(parity_bundle("qwen3_tsw_qo"), device=ON_DEVICE, max_batch=8)
+
+    def steps(session: dm.Session, seed: int, count: int) -> np.ndarray:
+        return np.stack([session.feed([token], logits=True)[0] for token in ids(count, seed)])
+
+    def begun(seed: int) -> dm.Session:
+        session = model.session()
+        session.feed(ids(20 + seed, seed))
+        return session
+
+    alone = []
+    for seed in range(5):
+        with begun(seed) as session:
+            alone.append((steps(session, seed + 10, 40), steps(session, seed + 20, 3), session.memory))
+    sessions = [begun(seed) for seed in range(5)]
+    pair = (0, 4)
+    found = dict(
+        zip(
+            pair,
+            beside_prompts(model, ids(500, 99), [lambda n=n: steps(sessions[n], n + 10, 40) for n in pair]),
+            strict=True,
+        )
+    )
+    assert model.stats.largest_step == 2
+    for seed, session in enumerate(sessions):
+        logits = found[seed] if seed in pair else steps(session, seed + 10, 40)
+        np.testing.assert_allclose(logits, alone[seed][0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(steps(session, seed + 20, 3), alone[seed][1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(session.memory, alone[seed][2], rtol=0, atol=1e-5)
+        session.close()
+
+
+def test_a_view_of_the_memory_outlives_its_session_and_never_changes(models) -> None:
+    with models[1].session() as session:
+        session.feed(ids(5))
+        held, kept = session.memory, session.memory.copy()
+        assert not held.flags.writeable
+        live = np.from_dlpack(session.memory_dlpack())
+        session.feed(ids(50, 1))
+        assert not np.array_equal(session.memory, kept)
+    same(held, kept)
+    same(live, kept)
+
+
+# DLPack
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["cpu", "device"])
+def test_the_live_state_by_dlpack(models, which: int) -> None:
+    torch = pytest.importorskip("torch")
+    with models[which].session() as session:
+        empty = np.from_dlpack(session.memory_dlpack())
+        assert empty.shape == session.geometry.shape
+        assert not empty.any()
+        session.feed(ids(8))
+        tensor = session.memory_dlpack()
+        assert tensor.__dlpack_device__() == (1, 0)
+        array = np.from_dlpack(tensor)
+        assert (array.dtype, array.shape) == (np.float32, session.geometry.shape)
+        same(array, session.memory)
+        assert not array.flags.writeable
+        assert np.shares_memory(array, np.from_dlpack(session.memory_dlpack()))
+        assert np.shares_memory(array, session.memory) == (which == 0)
+        assert torch.from_dlpack(tensor).data_ptr() == array.ctypes.data
+        copied = np.from_dlpack(tensor, copy=True)
+        assert not np.shares_memory(copied, array)
+        del tensor
+        capsule = session.memory_dlpack().__dlpack__(max_version=(1, 1))
+        assert "dltensor_versioned" in repr(capsule)
+        del capsule  # nobody took it
+    same(array, copied)
+    with models[which].session() as session:
+        tensor = session.memory_dlpack()
+        for arguments in ({}, {"max_version": (0, 8)}, {"max_version": (1, 0), "dl_device": (2, 0)}):
+            with pytest.raises(BufferError):
+                tensor.__dlpack__(**arguments)
+
+
+def test_ids_by_dlpack(models) -> None:
+    torch = pytest.importorskip("torch")
+    tokens = ids(12)
+    with models[0].session() as session:
+        expected = session.feed(tokens, logits=True)
+        for given in (torch.from_numpy(tokens), torch.from_numpy(tokens.astype(np.int64))):
+            session.reset()
+            same(session.feed(given, logits=True), expected)
+        for given, error, message in (
+            (torch.tensor([1.5]), TypeError, "expected int32 or int64"),
+            (torch.tensor([[1, 2]]), ValueError, r"expected shape \[T\]"),
+            (torch.tensor([1], dtype=torch.bfloat16), TypeError, "NumPy cannot take by DLPack"),
+            (torch.tensor([1 << 40]), ValueError, "outside the vocabulary"),
+        ):
+            with pytest.raises(error, match=message):
+                session.feed(given)
+
+
+# which device
+
+
+def test_devices_that_are_none(models) -> None:
+    for device in ("tpu", "cuda:", "cuda:x", "cuda:-1", "CUDA"):
+        with pytest.raises(ValueError, match="expected 'auto', 'cpu' or 'cuda', or 'cuda:1'"):
+            dm.Model.load(models[0].path, device=device)
+
+
+def answers() -> bool:
+    from deltamem_rt import _native
+    from deltamem_rt._onnxruntime import find_library, open_cuda_libraries
+
+    library = find_library().path
+    open_cuda_libraries(library)
+    return bool(_native.doctor(library)["cuda"])
+
+
+def test_without_a_card_cuda_is_refused_with_what_to_do_and_auto_takes_the_cpu(parity_bundle, caplog) -> None:
+    if answers():
+        pytest.skip("a card answers here")
+    bundle = parity_bundle("qwen3_tsw_qo", "fp16")  # its graph is one for both
+    with pytest.raises(dm.DeviceError, match=r"found .*expected .*device='cpu'"):
+        dm.Model.load(bundle, device="cuda")
+    with caplog.at_level(logging.WARNING, "deltamem_rt"):
+        model = dm.Model.load(bundle)
+    assert model.device == "cpu"
+    assert model.placement
+    with model.session() as session:
+        session.feed(ids(5))
+
+
+def test_hidden_cards_are_named(parity_bundle) -> None:
+    from deltamem_rt._onnxruntime import find_library, has_cuda_provider
+
+    if not has_cuda_provider(find_library().path):
+        pytest.skip("this ONNX Runtime has no CUDA, which is what it says first; onnxruntime-gpu has it")
+    code = f"import deltamem_rt as dm; dm.Model.load({str(parity_bundle('qwen3_tsw_qo', 'fp16'))!r}, device='cuda')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "DeviceError" in done.stderr
+    assert 'CUDA_VISIBLE_DEVICES=""' in done.stderr
+
+
+# on a card
+
+
+@pytest.fixture(scope="module")
+def card(parity_bundle: Callable[..., Path]) -> tuple[dm.Model, dm.Model]:
+    """The same 16-bit graph on the CPU and on the first card."""
+    if not answers():
+        pytest.skip("no card answers here: `deltamem doctor` says why")
+    bundle = parity_bundle("qwen3_tsw_qo", "fp16")
+    return load(bundle, device="cpu"), load(bundle, device="cuda")
+
+
+@pytest.mark.cuda
+def test_a_card_reads_and_writes_as_the_processor_does(card) -> None:
+    cpu, cuda = card
+    assert cuda.device == "cuda:0"
+    logits, states = [], []
+    for model in (cpu, cuda):
+        with model.session() as session:
+            for turn in range(3):
+                logits.append(session.feed(ids(40, turn), logits=True))
+                states.append(session.memory)
+                session.end_turn()
+    for found, expected in zip(logits[3:], logits[:3], strict=True):
+        assert_close("logits", found, expected, 2e-2)
+    for found, expected in zip(states[3:], states[:3], strict=True):
+        assert_close("states", found, expected, 2e-3)
+
+
+@pytest.mark.cuda
+def test_on_a_card_chunks_change_nothing_and_sessions_see_nothing_of_each_other(card) -> None:
+    model = card[1]
+    tokens = ids(400)
+
+    def memory(*cuts: int) -> np.ndarray:
+        with model.session() as session:
+            for part in np.split(tokens, cuts):
+                session.feed(part)
+            return session.memory
+
+    whole = memory()
+    assert_close("states in chunks", memory(7, 64, 65, 300), whole, 2e-3)
+    for found in together([memory] * 6):
+        assert_close("states beside others", found, whole, 2e-3)
+
+
+@pytest.mark.cuda
+def test_from_a_card_to_the_processor_and_back_a_state_at_rest_stays(card) -> None:
+    cpu, cuda = card
+    with cuda.session() as session:
+        session.feed(ids(30))
+        session.end_turn()
+        there = session.snapshot()
+    with cpu.session() as session:
+        session.restore(there)
+        back = session.snapshot()
+    with cuda.session() as session:
+        session.restore(back)
+        assert session.memory_dlpack().__dlpack_device__() == (2, 0)
+        np.testing.assert_allclose(session.memory, there.memory, rtol=0, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_a_card_that_is_not_there(card) -> None:
+    with pytest.raises(dm.DeviceError, match="no card of that number"):
+        dm.Model.load(card[0].path, device="cuda:63")
+
+
+@pytest.mark.cuda
+def test_out_of_memory_takes_nothing_away(card) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no card to fill")
+    with card[1].session() as session:
+        session.feed(ids(20))
+        session.end_turn()
+        before = session.memory.copy()
+        held = []
+        try:
+            for size in (1 << 30, 1 << 24, 1 << 20):
+                while True:
+                    try:
+                        held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+                    except torch.OutOfMemoryError:
+                        break
+            try:
+                session.feed(ids(2000 % card[1].context_length, 1))
+            except dm.DeviceError as error:
+                assert "no memory left" in str(error)  # noqa: PT017 - it may also fit into what ONNX Runtime holds
+                np.testing.assert_array_equal(session.memory, before)
+        finally:
+            held.clear()
+            torch.cuda.empty_cache()
+        session.feed(ids(5, 2))

@@ -1,7 +1,8 @@
 """What the weights of a built graph stand for, and that put into the PyTorch model, so that a comparison of the two
 covers arithmetic alone and a mistake in the graph cannot hide behind the rounding of weights. fp32: the files' own;
-fp16 and bf16: the files' rounded to 16 bits, and RoPE's tables too; int8 and int4: what the graph's blocks stand
-for, zero points, padded blocks and quantised embeddings included. It knows nothing of tolerances.
+fp16 and bf16: the files' rounded to 16 bits, and RoPE's tables and the numbers that a family multiplies with too;
+int8 and int4: what the graph's blocks stand for, zero points, padded blocks and quantised embeddings included. It knows
+nothing of tolerances.
 
 Which parameter a quantised weight was made of is written on its node by `streaming.py` (`SOURCE`), from the memory
 that the builder read; a graph without these notes is read by the names of its nodes.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,13 @@ Float32 = npt.NDArray[np.float32]
 # 0.11 (4 bits) and 0.007 (8 bits) of normally distributed weights, 0.25 and 0.017 of ones with heavy tails (Student's t,
 # 3 degrees); another weight is off by 1.4.
 FAR = {"int4": 0.4, "int8": 0.04}
+# Norms that multiply by 1 + w, which is what the graph has rounded.
+_ONE_MORE = re.compile(r"GemmaRMSNorm|NemotronLayerNorm1P")
+# Norms that the builder leaves in float32, weights and all.
+_WIDE = re.compile(r"Gemma[23]RMSNorm")
+# Numbers that a decoder multiplies with or clips at, on a module or in its configuration.
+_NUMBERS = ("embed_scale", "embedding_multiplier", "residual_multiplier", "clip_qkv", "logits_scaling")
+_DIVIDED_BY = ("logits_scaling",)  # which the graph has as a factor
 _SIXTEEN = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,6 +65,7 @@ def weights_of(
     """
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     hooks = []
+    numbers: list[tuple[Any, str, Any]] = []
     own = None if within is None else {id(module) for top in within for module in top.modules()}
 
     def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -68,7 +78,19 @@ def weights_of(
             for module in model.modules():
                 if own is None or id(module) in own:
                     for name, parameter in list(module.named_parameters(recurse=False)):
-                        put(module, name, parameter.to(kind).float())
+                        norm = type(module).__name__
+                        if _WIDE.fullmatch(norm):
+                            continue
+                        one = 1.0 if _ONE_MORE.fullmatch(norm) and name == "weight" else 0.0
+                        put(module, name, (parameter + one).to(kind).float() - one)
+                for holder in (module, getattr(module, "config", None)):
+                    for name in _NUMBERS:
+                        value = getattr(holder, name, None)
+                        if isinstance(value, float | torch.Tensor) and not any(
+                            holder is other and name == taken for other, taken, _ in numbers
+                        ):
+                            numbers.append((holder, name, value))
+                            setattr(holder, name, _round_number(value, kind, inverse=name in _DIVIDED_BY))
                 if type(module).__name__.endswith("RotaryEmbedding"):
                     hooks.append(module.register_forward_hook(lambda _m, _i, out: _rounded(out, kind)))
         if precision.quantised:
@@ -99,6 +121,8 @@ def weights_of(
     finally:
         for hook in hooks:
             hook.remove()
+        for holder, name, value in numbers:
+            setattr(holder, name, value)
         for module, name, parameter in reversed(kept):
             setattr(module, name, parameter)
 
@@ -134,6 +158,14 @@ def _widened(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
         shape=ir.Shape(shape_of(tensor)),
         name=name,
     )
+
+
+def _round_number(value: Any, kind: torch.dtype, inverse: bool) -> Any:
+    """A number that the graph has as a constant of its own type, as it is or one divided by it."""
+    if inverse:
+        return 1.0 / float(torch.as_tensor(1.0 / value).to(kind))
+    rounded = torch.as_tensor(value).to(kind).to(torch.float32)
+    return rounded if isinstance(value, torch.Tensor) else float(rounded)
 
 
 def _rounded(tables: Any, kind: torch.dtype) -> Any:

@@ -119,7 +119,7 @@ $(VENV)/.stamp-exporter: $(VENV)/.stamp-dev export/pyproject.toml
 dist/.stamp: $(WHEEL_SOURCES) | $(BUILD_VENV)/.stamp-dev
 	@$(NEED) rust cc
 	rm -rf dist
-	$(BUILD_VENV)/bin/python -m maturin build --release --out dist --interpreter $(BUILD_VENV)/bin/python $(LOCKED)
+	$(BUILD_VENV)/bin/python -m maturin build --release --out dist --interpreter $(BUILD_VENV)/bin/python --compression-level 9 $(LOCKED)
 	@touch $@
 
 $(DEMO_VENV)/.stamp: dist/.stamp requirements/demo.txt

@@ -433,7 +433,12 @@ impl Layer {
             self.instructions.run(Product {
                 weights: &self.networks,
                 x: hidden,
-                out: &mut *proposals,
+                into: Into {
+                    values: &mut *proposals,
+                    stride: self.networks.columns(),
+                    start: 0,
+                    add: false,
+                },
             });
             self.activate(proposals, &mut steps);
         };
@@ -538,13 +543,15 @@ impl Layer {
                 .source
                 .map(|source| &source[first * stride..][..rows * stride]);
             let reads = &reads[first * inner..][..rows * inner];
-            self.instructions.run(Correct {
+            Correct {
+                instructions: self.instructions,
                 target,
                 out,
                 source,
                 reads,
                 inner,
-            });
+            }
+            .run();
         };
         match pool {
             None => work(values.out, 0),
@@ -656,29 +663,20 @@ fn share<T: Send>(pool: &dyn Pool, tiles: impl Iterator<Item = T>, work: impl Fn
     });
 }
 
-struct Product<'a> {
+/// One product, compiled once for all that need one.
+struct Product<'a, 'o> {
     weights: &'a Panels,
     x: &'a [f32],
-    out: &'a mut [f32],
+    into: Into<'o>,
 }
 
-impl Work for Product<'_> {
+impl Work for Product<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     #[allow(clippy::inline_always)] // see `instructions::Work`
-    fn run<A: Arithmetic>(self, arithmetic: A) {
-        let stride = self.weights.columns();
-        self.weights.multiply(
-            arithmetic,
-            self.x,
-            &mut Into {
-                values: self.out,
-                stride,
-                start: 0,
-                add: false,
-            },
-        );
+    fn run<A: Arithmetic>(mut self, arithmetic: A) {
+        self.weights.multiply(arithmetic, self.x, &mut self.into);
     }
 }
 
@@ -736,6 +734,7 @@ impl Work for Activate<'_, '_> {
 }
 
 struct Correct<'a> {
+    instructions: Instructions,
     target: &'a Target,
     out: &'a mut [f32],
     source: Option<&'a [f32]>,
@@ -743,13 +742,10 @@ struct Correct<'a> {
     inner: usize,
 }
 
-impl Work for Correct<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    #[allow(clippy::inline_always)] // see `instructions::Work`
-    fn run<A: Arithmetic>(self, arithmetic: A) {
+impl Correct<'_> {
+    fn run(self) {
         let Self {
+            instructions,
             target,
             out,
             source,
@@ -773,44 +769,63 @@ impl Work for Correct<'_> {
                 (From::Rows { .. }, None) => {}
             }
             for correction in &target.corrections {
-                let start = correction.start;
-                let Some((weights, epsilon)) = &correction.norm else {
-                    correction.weights.multiply(
-                        arithmetic,
-                        reads,
-                        &mut Into {
-                            values: out,
-                            stride: width,
+                let (weights, start) = (&correction.weights, correction.start);
+                let product = |values, stride, start, add| {
+                    instructions.run(Product {
+                        weights,
+                        x: reads,
+                        into: Into {
+                            values,
+                            stride,
                             start,
-                            add: true,
+                            add,
                         },
-                    );
+                    });
+                };
+                let Some((norm, epsilon)) = &correction.norm else {
+                    product(out, width, start, true);
                     continue;
                 };
-                let own = correction.weights.columns();
+                let own = weights.columns();
                 let mut delta = vec![0.0; reads.len() / inner * own];
-                correction.weights.multiply(
-                    arithmetic,
-                    reads,
-                    &mut Into {
-                        values: &mut delta,
-                        stride: own,
-                        start: 0,
-                        add: false,
-                    },
-                );
-                for (row, delta) in out.chunks_exact_mut(width).zip(delta.chunks_exact_mut(own)) {
-                    rms_norm(arithmetic, delta, weights, *epsilon);
+                product(&mut delta, own, 0, false);
+                instructions.run(Norm {
+                    x: &mut delta,
+                    weights: norm,
+                    epsilon: *epsilon,
+                });
+                for (row, delta) in out.chunks_exact_mut(width).zip(delta.chunks_exact(own)) {
                     for (out, delta) in row[start..start + own].iter_mut().zip(delta) {
                         *out += *delta;
                     }
                 }
             }
             if let Some(norm) = &target.norm {
-                for head in out.chunks_exact_mut(norm.weights.len()) {
-                    rms_norm(arithmetic, head, &norm.weights, norm.epsilon);
-                }
+                instructions.run(Norm {
+                    x: out,
+                    weights: &norm.weights,
+                    epsilon: norm.epsilon,
+                });
             }
+        }
+    }
+}
+
+/// An RMS norm of every vector as long as the weights.
+struct Norm<'a> {
+    x: &'a mut [f32],
+    weights: &'a [f32],
+    epsilon: f32,
+}
+
+impl Work for Norm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // see `instructions::Work`
+    fn run<A: Arithmetic>(self, arithmetic: A) {
+        for x in self.x.chunks_exact_mut(self.weights.len()) {
+            rms_norm(arithmetic, x, self.weights, self.epsilon);
         }
     }
 }

@@ -160,6 +160,22 @@ def test_spans_of_one_token_a_call_are_token_writes(make_backbone, make_adapter,
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
 
 
+def test_spans_are_computed_in_float64_too(model) -> None:
+    """As `verify` asks for it, to tell whose rounding a small difference is."""
+    torch.manual_seed(0)
+    handle = attach(model, AdapterConfig(rank=4, alpha=4.0, memory_write_granularity="message_mean"))
+    handle.spans = torch.tensor([[0] * 4 + [2] * 6, [-1] * 3 + [1] * 7])
+    single = run(model)
+    state = handle.state
+    model.double()
+    handle.double()
+    handle.reset(2)
+    double = run(model)
+    assert handle.state.dtype == double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=0, atol=1e-5)
+    torch.testing.assert_close(handle.state.float(), state, rtol=0, atol=1e-6)
+
+
 def test_an_adapter_of_another_backbone_is_refused(model, parity_data: Path) -> None:
     with pytest.raises(AdapterError, match="memory_q_proj"):
         attach(model, Adapter.load(parity_data / "qwen3_tsw_qo" / "adapter"))

@@ -148,7 +148,7 @@ class DeltaMemory(nn.Module):
             raise ValueError(f"spans has shape {list(spans.shape)}, expected {list(h.shape[:2])}")
         reads = torch.einsum("bhij,bthj->bthi", state, self.propose(h).q)  # (B, T, H, r)
         weights = span_weights(torch.where(may, spans, -1))  # (B, S, T)
-        p = self.propose(weights @ h)
+        p = self.propose(weights.to(h.dtype) @ h)
         _, after = scan(p.q, p.k, p.v, *_masked(p, weights.any(dim=-1)), state)
         return p, reads, after
 

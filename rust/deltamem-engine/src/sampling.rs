@@ -389,7 +389,7 @@ fn largest(logits: &[f32]) -> Option<Candidate> {
     if most == f32::NEG_INFINITY || wrong.contains(&true) {
         return None;
     }
-    let token = logits.iter().position(|&logit| logit == most)?;
+    let token = logits.iter().position(|&logit| logit >= most)?;
     Some(Candidate {
         token: u32::try_from(token).ok()?,
         logit: f64::from(most) + 0.0,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PAUSE = 0.02
-"""Seconds between two opponents' turns: threads that spin when their work is done have stopped by then."""
+PAUSE = 0.1
+"""Seconds between two opponents' turns: threads that spin when their work is done have stopped by then (genai's go on for 35 ms)."""
 
 Figures = dict[str, float]
 """What one turn of an opponent gives: seconds or a rate, by the name of what was measured."""

@@ -92,7 +92,8 @@ def test_other_precisions(parity_bundle, precision: str) -> None:
     # int4 rounds activations to int8, and is not the same for other splits either (tests/runtime/test_precisions.py).
     talks = [Talk.random(seed) for seed in range(10)]
     alone = [talk.hold(model) for talk in talks]
-    for found, expected in zip(together([lambda t=talk: t.hold(model) for talk in talks]), alone, strict=True):
+    batched = beside_prompts(model, rng_ids(500), [lambda t=talk: t.hold(model) for talk in talks])
+    for found, expected in zip(batched, alone, strict=True):
         assert_equal(found, expected, 1e-1)
     assert model.unbatched is None
     assert model.stats.largest_step > 1
@@ -120,7 +121,8 @@ def test_more_sessions_than_fit_into_a_step(parity_bundle) -> None:
     model = dm.Model.load(parity_bundle("qwen3_tsw_qo"), max_batch=3, threads=1)
     talks = [Talk.random(seed) for seed in range(10)]
     alone = [talk.hold(model) for talk in talks]
-    for found, expected in zip(together([lambda t=talk: t.hold(model) for talk in talks]), alone, strict=True):
+    batched = beside_prompts(model, rng_ids(500), [lambda t=talk: t.hold(model) for talk in talks])
+    for found, expected in zip(batched, alone, strict=True):
         assert_equal(found, expected, LOGITS)
     assert 2 <= model.stats.largest_step <= 3
 
@@ -150,7 +152,7 @@ def test_asyncio_tasks_share_steps(ids_model: dm.Model) -> None:
 
     alone = [asyncio.run(reply(seed)) for seed in range(16)]
     before = ids_model.stats
-    assert asyncio.run(all_of_them()) == alone
+    assert beside_prompts(ids_model, rng_ids(500), [lambda: asyncio.run(all_of_them())]) == [alone]
     assert shared(before, ids_model.stats) > 1.0, "no two tasks ever shared a step"
 
 

@@ -6,6 +6,20 @@ pub const LANES: usize = 8;
 /// The wider one.
 pub const WIDE: usize = 16;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// The most numbers that [`to_line`] skips: what room that is to begin at a cache line has beside its own.
+pub const fn spare<T>() -> usize {
+    LINE / size_of::<T>()
+}
+
+/// How many numbers of an allocation to skip for the first that begins a cache line, so that no register is filled from two of them; where the
+/// allocator cannot say where that is, as many as there are to spare.
+pub fn to_line<T>(numbers: &[T]) -> usize {
+    numbers.as_ptr().align_offset(LINE).min(spare::<T>())
+}
+
 /// How `N` numbers are held and worked on. A value of the type stands for a processor that can do it. All ways give the same bits, but for
 /// [`Lanes::multiply_add`].
 pub trait Lanes<const N: usize>: Copy {

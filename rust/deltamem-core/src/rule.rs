@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::lanes::{LANES, Lanes, Plain, Vectors, WIDE};
+use crate::lanes::{LANES, Lanes, Plain, Vectors, WIDE, spare, to_line};
 
 /// How β and λ become the gates keep, erase and write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -163,17 +163,14 @@ pub struct Room {
 impl Room {
     /// Room for `count` numbers from the beginning of a cache line on, where the allocator can say where that is.
     fn columns(&mut self, count: usize) -> &mut [f32] {
-        let spare = LINE / size_of::<f32>();
-        if self.columns.len() < count + spare {
-            self.columns.resize(count + spare, 0.0);
+        let whole = count + spare::<f32>();
+        if self.columns.len() < whole {
+            self.columns.resize(whole, 0.0);
         }
-        let from = self.columns.as_ptr().align_offset(LINE).min(spare);
+        let from = to_line(&self.columns);
         &mut self.columns[from..from + count]
     }
 }
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// [`scan`] in room of the caller's and with the caller's instructions, which may round a product and a sum once. It is compiled into its
 /// caller.

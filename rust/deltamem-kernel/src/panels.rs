@@ -5,7 +5,7 @@
 //! for go through a panel together, and a piece of a panel that fits into the innermost cache meets all rows of a tile before the next
 //! piece comes. Each sum is made in the order of `inner`, one product after the other, whichever way it goes.
 
-use deltamem_core::lanes::{LANES, Lanes, WIDE};
+use deltamem_core::lanes::{LANES, Lanes, WIDE, spare, to_line};
 
 use crate::half;
 use crate::instructions::{Arithmetic, Halves};
@@ -17,8 +17,6 @@ const NARROW: usize = LANES;
 const TILE: usize = 48;
 /// How much of `inner` a piece has: 16 KiB in a panel of 32 columns.
 const DEPTH: usize = 128;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// A matrix [inner, columns] in panels of 32 columns and then of 8, each [inner, width]; the last one is filled up with zeros.
 #[derive(Debug)]
@@ -43,9 +41,8 @@ struct Aligned<S> {
 
 impl<S: Copy + Default> Aligned<S> {
     fn new(numbers: impl ExactSizeIterator<Item = S>) -> Self {
-        let spare = LINE / size_of::<S>();
-        let mut all: Vec<S> = Vec::with_capacity(numbers.len() + spare);
-        let from = all.as_ptr().align_offset(LINE).min(spare);
+        let mut all: Vec<S> = Vec::with_capacity(numbers.len() + spare::<S>());
+        let from = to_line(&all);
         all.resize(from, S::default());
         all.extend(numbers);
         Self { all, from }

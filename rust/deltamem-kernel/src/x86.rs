@@ -232,6 +232,21 @@ fn transpose<A: Lanes<LANES, Numbers = __m256>>(_: A, rows: [__m256; LANES]) -> 
     }
 }
 
+/// Operations on two registers, each on the first of every number and on the second.
+macro_rules! by_registers {
+    ($($operation:ident($($number:ident),+)),+ $(,)?) => {
+        $(
+            #[inline(always)]
+            fn $operation(self, $($number: [__m256; 2]),+) -> [__m256; 2] {
+                [
+                    Lanes::<LANES>::$operation(self, $($number[0]),+),
+                    Lanes::<LANES>::$operation(self, $($number[1]),+),
+                ]
+            }
+        )+
+    };
+}
+
 /// Two registers.
 #[allow(clippy::inline_always)] // see `instructions::Work`
 impl Lanes<WIDE> for Avx2 {
@@ -261,61 +276,15 @@ impl Lanes<WIDE> for Avx2 {
         [one, one]
     }
 
-    #[inline(always)]
-    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        [
-            Lanes::<LANES>::add(self, a[0], b[0]),
-            Lanes::<LANES>::add(self, a[1], b[1]),
-        ]
-    }
-
-    #[inline(always)]
-    fn subtract(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        [
-            Lanes::<LANES>::subtract(self, a[0], b[0]),
-            Lanes::<LANES>::subtract(self, a[1], b[1]),
-        ]
-    }
-
-    #[inline(always)]
-    fn multiply(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        [
-            Lanes::<LANES>::multiply(self, a[0], b[0]),
-            Lanes::<LANES>::multiply(self, a[1], b[1]),
-        ]
-    }
-
-    #[inline(always)]
-    fn divide(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        [
-            Lanes::<LANES>::divide(self, a[0], b[0]),
-            Lanes::<LANES>::divide(self, a[1], b[1]),
-        ]
-    }
-
-    #[inline(always)]
-    fn lower(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        [
-            Lanes::<LANES>::lower(self, a[0], b[0]),
-            Lanes::<LANES>::lower(self, a[1], b[1]),
-        ]
-    }
-
-    #[inline(always)]
-    fn higher(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        [
-            Lanes::<LANES>::higher(self, a[0], b[0]),
-            Lanes::<LANES>::higher(self, a[1], b[1]),
-        ]
-    }
-
-    #[inline(always)]
-    fn multiply_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
-        [
-            Lanes::<LANES>::multiply_add(self, a[0], b[0], c[0]),
-            Lanes::<LANES>::multiply_add(self, a[1], b[1], c[1]),
-        ]
-    }
+    by_registers!(
+        add(a, b),
+        subtract(a, b),
+        multiply(a, b),
+        divide(a, b),
+        lower(a, b),
+        higher(a, b),
+        multiply_add(a, b, c),
+    );
 }
 
 #[allow(clippy::inline_always)] // see `instructions::Work`

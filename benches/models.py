@@ -35,7 +35,7 @@ from deltamem_export import manifest
 from deltamem_export.adapter import Adapter, AdapterConfig, AttentionShape, expected_shapes
 from deltamem_export.bundle import export_bundle
 from deltamem_export.external import link
-from deltamem_export.fused import remove_unused
+from deltamem_export.fused import remove_unused, with_own_products
 from deltamem_export.nodes import Nodes
 from deltamem_export.precision import Precision
 
@@ -220,8 +220,11 @@ def _write_bare(found: Made) -> None:
     sealed = manifest.read(found.bundle)
     # Only the plain graph: the bundle's other ones have the memory in them.
     sealed["graph"] = {k: v for k, v in sealed["graph"].items() if not k.endswith("_file")}
-    own = ["model.onnx", "model.onnx.data"]
+    blocks = "model.blocks.onnx"
+    has = with_own_products(found.bare / "model.onnx", found.bare / blocks)
+    own = [*([blocks] if has else []), "model.onnx", "model.onnx.data"]
     sealed["graph"] |= {"measured_file": None, "strength": False, "gates": False, "files": own}
+    sealed["graph"]["blocks_file"] = blocks if has else None
     if "not_fused" in sealed["graph"]:
         sealed["graph"]["not_fused"] = "the memory is cut out of this graph"
     sealed["files"] = {n: manifest.file_entry(found.bare / n) for n in own}

@@ -29,7 +29,7 @@ from deltamem_export.check import Check, choose_method, free_memory
 from deltamem_export.check import check as check_graph
 from deltamem_export.errors import ExportError, first_line
 from deltamem_export.external import link, share_weights
-from deltamem_export.fused import FUSED_FILE, fuse
+from deltamem_export.fused import further_graphs, own_files
 from deltamem_export.graft import graft
 from deltamem_export.inventory import check_island
 from deltamem_export.kv import quantise_kv, sample_ids
@@ -40,7 +40,12 @@ from deltamem_export.sizes import Needs, estimate, refuse_too_large
 from deltamem_export.structure import FindAttentions, find_attentions
 from deltamem_export.text import Text, copy_text, text_digest
 
-NOT_ON_CUDA = "it is for CUDA, and the fused operator runs on the processor"
+# What the manifest says of the graphs with the runtime's own operators where there are none.
+_NO_OWN_OPERATORS: dict[str, Any] = {
+    "fused_file": None,
+    "not_fused": "it is for CUDA, and the fused operator runs on the processor",
+    "blocks_file": None,
+}
 
 Say = Callable[[str], None]
 # Writes further files into the bundle's directory before it is sealed, and returns their names.
@@ -115,12 +120,10 @@ def export_bundle(
         }
         graph = made.section
         known = {"memory": memory_section, "graph": graph, "precision": first.name}
-        not_fused = NOT_ON_CUDA if first.device == "cuda" else fuse(bundle, known, bundle / FUSED_FILE)
-        graph |= {"fused_file": None if not_fused else FUSED_FILE, "not_fused": not_fused}
-        if not_fused:
-            say(f"no fused graph: {not_fused}")
-        else:
-            graph["files"] = sorted([*graph["files"], FUSED_FILE])
+        graph |= _NO_OWN_OPERATORS if first.device == "cuda" else further_graphs(bundle, known, "model")
+        if graph["not_fused"]:
+            say(f"no fused graph: {graph['not_fused']}")
+        graph["files"] = sorted([*graph["files"], *own_files(graph)])
         files = [*graph["files"], *extra]
         if text is not None:
             files += [name for name in (text.tokenizer, text.chat_template) if name]
@@ -299,15 +302,9 @@ def add_to(
             - (set() if (bundle / f"{stem}.onnx.data").exists() else {f"{stem}.onnx.data"})
         )
         say(f"{shared.bytes} bytes of its weights are those of another graph, {shared.own} are its own")
-        not_fused: str | None = NOT_ON_CUDA
-        if precision.device == "cpu":
-            fused = f"{stem}.fused.onnx"
-            known = {"memory": found["memory"], "graph": entry, "precision": precision.name}
-            not_fused = fuse(bundle, known, bundle / fused)
-            if not_fused is None:
-                entry["fused_file"] = fused
-                entry["files"] = sorted([*entry["files"], fused])
-        entry |= {"fused_file": entry.get("fused_file"), "not_fused": not_fused}
+        known = {"memory": found["memory"], "graph": entry, "precision": precision.name}
+        entry |= further_graphs(bundle, known, stem) if precision.device == "cpu" else _NO_OWN_OPERATORS
+        entry["files"] = sorted([*entry["files"], *own_files(entry)])
     own = {"precision": precision.name, "precision_setting": precision.setting, "check": checked}
     if precision.device == "cpu":
         found |= {"graphs": manifest.graphs(found), "graph": entry} | own

@@ -18,6 +18,10 @@ manifest; `storage`, how its weights are kept in memory; `outputs` (those of 1 t
 numbers for each: its output, its first column in the constant, its columns, where in the output's rows it is laid; `residual`, whether
 output 4 is one; `splits`, the widths of the three parts of a packed projection that is split; `q_epsilon`, `k_epsilon`,
 `delta_o_epsilon` of the norms; `spans`.
+
+A bundle in int4 or int8 has a third graph, with `deltamem:MatMulNBits` in the place of `com.microsoft:MatMulNBits` besides: the same inputs
+and attributes, for products at accuracy level 4 without zero points, in blocks of 32 to 256 weights. It rounds as ONNX Runtime's own does,
+and sums in another order.
 """
 
 from __future__ import annotations
@@ -35,13 +39,13 @@ from deltamem_export.errors import ExportError
 from deltamem_export.graft import Placed, read_placed
 from deltamem_export.nodes import Nodes, name_of
 
-FUSED_FILE = "model.fused.onnx"
 DOMAIN, OPERATOR, VERSION = "deltamem", "MemoryLayer", 1
 
 _FLOAT = ir.DataType.FLOAT
 _Q, _RESIDUAL, _DELTA_O_NORM, _Q_NORM, _SPAN_WEIGHTS = 6, 9, 10, 11, 13
 _OUTPUT_O, _PRESENT_SPANS = 4, 5
 _INPUTS, _OUTPUTS = 16, 6
+_FILES = ("fused_file", "blocks_file")
 _SUMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "Add"})
 # Weights in blocks are read from memory at 4 or 8 bits a number; those of the memory would be a burden in 32.
 _HALF = frozenset({"int4", "int8"})
@@ -86,12 +90,70 @@ def fuse(bundle: Path, found: Mapping[str, Any], target: Path) -> str | None:
     return None
 
 
-def add_fused(bundle: str | os.PathLike[str]) -> str | None:
-    """Gives an exported bundle its fused graph, or makes it anew. Its weights, its fingerprint and its memories stay. It is replaced whole
-    or not at all.
+def with_own_products(source: Path, target: Path) -> bool:
+    """Writes a graph with the runtime's own products of weights in blocks.
+
+    Args:
+        source: a graph for the CPU, fused or not.
+        target: where the new one goes; beside the same file of weights.
 
     Returns:
-        None, or why it has none now; its manifest says so too.
+        Whether the graph has any; nothing is written if not.
+    """
+    model = ir.load(source)
+    products = [node for node in model.graph if _is_own_product(node)]
+    for node in products:
+        node.domain = DOMAIN
+        del node.attributes["accuracy_level"]
+    if not products:
+        return False
+    model.graph.opset_imports[DOMAIN] = VERSION
+    ir.save(model, target)
+    return True
+
+
+def _is_own_product(node: ir.Node) -> bool:
+    """Whether a node is a product that the runtime has an operator for."""
+    if node.op_type != "MatMulNBits" or len([v for v in node.inputs if v is not None]) != 3:
+        return False
+    number = {name: a.as_int() for name, a in node.attributes.items() if a.type == ir.AttributeType.INT}
+    x, weights, scales = node.inputs[:3]
+    return (
+        number.get("accuracy_level") == 4
+        and number.get("bits") in (4, 8)
+        and number.get("block_size") in (32, 64, 128, 256)
+        and x is not None
+        and x.dtype == _FLOAT
+        and all(v is not None and v.is_initializer() for v in (weights, scales))
+        and scales is not None
+        and scales.dtype == _FLOAT
+    )
+
+
+def further_graphs(bundle: Path, found: Mapping[str, Any], stem: str) -> dict[str, Any]:
+    """Writes the graphs with the runtime's own operators, `<stem>.fused.onnx` and `<stem>.blocks.onnx`.
+
+    Args:
+        bundle: its directory.
+        found: as for `fuse`; the graph is for the CPU.
+        stem: what the files' names begin with.
+
+    Returns:
+        What the manifest says of them: `fused_file`, `not_fused`, `blocks_file`.
+    """
+    fused, blocks = f"{stem}.fused.onnx", f"{stem}.blocks.onnx"
+    reason = fuse(bundle, found, bundle / fused)
+    source = found["graph"]["file"] if reason else fused
+    own = with_own_products(bundle / source, bundle / blocks)
+    return {"fused_file": None if reason else fused, "not_fused": reason, "blocks_file": blocks if own else None}
+
+
+def add_fused(bundle: str | os.PathLike[str]) -> str | None:
+    """Gives an exported bundle the graphs with the runtime's own operators, or makes them anew. Its weights, its fingerprint and its memories
+    stay. It is replaced whole or not at all.
+
+    Returns:
+        None, or why it has no fused graph now; its manifest says so too.
 
     Raises:
         FileNotFoundError: there is no bundle.
@@ -100,23 +162,23 @@ def add_fused(bundle: str | os.PathLike[str]) -> str | None:
     from deltamem_export.bundle import remade
 
     with remade(bundle) as (new, found):
-        old = found["graph"].get("fused_file")
-        if old is not None:
-            (new / old).unlink()
-            del found["files"][old]
-            _name_files(found, {old}, set())
-        reason = fuse(new, found, new / FUSED_FILE)
-        found["graph"] |= {"fused_file": None if reason else FUSED_FILE, "not_fused": reason}
-        if reason is None:
-            found["files"] = dict(sorted({**found["files"], FUSED_FILE: manifest.file_entry(new / FUSED_FILE)}.items()))
-            _name_files(found, set(), {FUSED_FILE})
-    return reason
+        old = {name for key in _FILES if (name := found["graph"].get(key)) is not None}
+        for name in old:
+            (new / name).unlink()
+            del found["files"][name]
+        made = further_graphs(new, found, Path(found["graph"]["file"]).stem)
+        found["graph"] |= made
+        files = own_files(made)
+        found["files"] = dict(sorted({**found["files"], **{n: manifest.file_entry(new / n) for n in files}}.items()))
+        # Older manifests do not say which files a graph needs.
+        if "files" in found["graph"]:
+            found["graph"]["files"] = sorted({*found["graph"]["files"], *files} - (old - set(files)))
+    return made["not_fused"]
 
 
-def _name_files(found: dict[str, Any], gone: set[str], new: set[str]) -> None:
-    """Says which files the first graph needs, where the manifest says it at all."""
-    if "files" in found["graph"]:
-        found["graph"]["files"] = sorted({*found["graph"]["files"], *new} - gone)
+def own_files(graph: Mapping[str, Any]) -> list[str]:
+    """The files of the graphs with the runtime's own operators that a section of the manifest names."""
+    return [name for key in _FILES if (name := graph.get(key)) is not None]
 
 
 @dataclass(frozen=True)

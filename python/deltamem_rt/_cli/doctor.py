@@ -116,6 +116,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         ("device='auto'", known("auto")),
         ("CPU features", known("cpu_features")),
         ("memory kernel", known("kernel")),
+        ("4/8-bit products", known("products")),
         ("threads", known("threads")),
         ("default bundle", report.get("default_bundle") or known("default_bundle_problem")),
         ("its graph", known("default_graph")),

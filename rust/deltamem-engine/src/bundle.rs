@@ -254,6 +254,10 @@ pub struct Graph {
     /// The same graph with one node of this runtime's own for each memory layer; `None`: this bundle has none.
     #[serde(default)]
     pub fused_file: Option<String>,
+    /// The fused graph, or the portable one where there is no fused one, with this runtime's own products of weights in blocks of 4 or 8
+    /// bits; `None`: this bundle has none.
+    #[serde(default)]
+    pub blocks_file: Option<String>,
     /// The layers with a KV cache, ascending.
     pub kv_layers: Vec<usize>,
     /// The cache's element type.
@@ -1003,6 +1007,7 @@ fn check_names(manifest: &Manifest) -> Result<(), BundleError> {
         named.push((format!("{at}.file"), Some(&graph.file)));
         named.push((format!("{at}.measured_file"), graph.measured_file.as_ref()));
         named.push((format!("{at}.fused_file"), graph.fused_file.as_ref()));
+        named.push((format!("{at}.blocks_file"), graph.blocks_file.as_ref()));
         named.extend(graph.files.iter().map(|name| (format!("{at}.files"), Some(name))));
     }
     for (field, name) in named {

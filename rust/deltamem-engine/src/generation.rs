@@ -71,7 +71,7 @@ pub struct GenerationStats {
     pub decode_time: Duration,
     /// Why it ended; `None` while it goes on.
     pub finish_reason: Option<FinishReason>,
-    /// The graph that it ran on: `fused` or `portable`.
+    /// The graph that it ran on: `blocks`, `fused` or `portable`.
     pub graph: &'static str,
     /// |corrections| / |what they correct| over all tokens read, when measured.
     pub delta_ratio: Option<f64>,

@@ -200,10 +200,8 @@ impl Graph {
                     "this bundle has no measured graph, so the corrections' size cannot be measured; export it again".into(),
                 )
             })?
-        } else if options.graph.fused(bundle.manifest())? {
-            graph.fused_file.as_ref().unwrap_or(&graph.file)
         } else {
-            &graph.file
+            options.graph.of(bundle.manifest())?.file()
         };
         let mut builder = OnnxSession::builder(runtime.environment())
             .map_err(EngineError::onnx("preparing a session"))?

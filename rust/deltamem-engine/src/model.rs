@@ -13,6 +13,7 @@ use crate::device::{DeviceMemory, WORD};
 use crate::error::{EngineError, Result};
 use crate::graph::{Graph, Names};
 use crate::kv::KvLayout;
+use crate::operator::product_instructions;
 use crate::pool::{Key, KvPool};
 use crate::running::{Counters, Row, Works};
 use crate::runtime::Runtime;
@@ -55,33 +56,73 @@ pub enum Device {
     CpuAsDevice,
 }
 
-/// Which of a bundle's two graphs runs. They share their weights and compute the same.
+/// Which of a bundle's graphs runs. They share their weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum GraphChoice {
-    /// The fused one if the bundle has it, else the portable one.
+    /// The one with the most of this runtime's own nodes that the bundle has and the processor is fit for.
     #[default]
     Auto,
     /// The one of standard operators.
     Portable,
-    /// The one with one node for each memory layer, which runs on the processor only.
+    /// The one with one node for each memory layer, which runs on the processor only and computes the same.
     Fused,
+    /// That with this runtime's own products of weights in blocks besides, for processors that have instructions for it. It rounds as the
+    /// others do, and sums in another order.
+    Blocks,
+}
+
+/// One of a bundle's graphs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chosen<'a> {
+    Portable(&'a str),
+    Fused(&'a str),
+    Blocks(&'a str),
+}
+
+impl<'a> Chosen<'a> {
+    pub(crate) fn file(self) -> &'a str {
+        match self {
+            Self::Portable(file) | Self::Fused(file) | Self::Blocks(file) => file,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Portable(_) => "portable",
+            Self::Fused(_) => "fused",
+            Self::Blocks(_) => "blocks",
+        }
+    }
 }
 
 impl GraphChoice {
-    /// Whether it is the fused graph for this bundle.
+    /// Which graph it is of this bundle, on this processor.
     ///
     /// # Errors
-    /// [`EngineError::Unsupported`] for a fused graph that the bundle does not have.
-    pub(crate) fn fused(self, manifest: &Manifest) -> Result<bool> {
-        match (self, &manifest.graph.fused_file) {
-            (Self::Portable, _) | (Self::Auto, None) => Ok(false),
-            (_, Some(_)) => Ok(true),
-            (Self::Fused, None) => Err(EngineError::Unsupported(
-                "deltamem.json: graph.fused_file is null, so this bundle has no fused graph; load it with graph=\"auto\", or add one with \
+    /// [`EngineError::Unsupported`] for a graph that the bundle does not have or the processor is not fit for.
+    pub(crate) fn of(self, manifest: &Manifest) -> Result<Chosen<'_>> {
+        let graph = &manifest.graph;
+        let portable = Chosen::Portable(&graph.file);
+        let fused = graph.fused_file.as_deref().map(Chosen::Fused);
+        let blocks = graph.blocks_file.as_deref().map(Chosen::Blocks);
+        let fit = product_instructions().is_some();
+        let missing = |field, what| {
+            EngineError::Unsupported(format!(
+                "deltamem.json: graph.{field} is null, so this bundle has no {what}; load it with graph=\"auto\", or add one with \
                  `deltamem-export fuse BUNDLE`, which says where that cannot be done"
+            ))
+        };
+        match self {
+            Self::Portable => Ok(portable),
+            Self::Auto => Ok(blocks.filter(|_| fit).or(fused).unwrap_or(portable)),
+            Self::Fused => fused.ok_or_else(|| missing("fused_file", "fused graph")),
+            Self::Blocks if !fit => Err(EngineError::Unsupported(
+                "graph=\"blocks\": this processor has none of the instructions that its products take (AVX2 and FMA at least); load it with \
+                 graph=\"auto\""
                     .into(),
             )),
+            Self::Blocks => blocks.ok_or_else(|| missing("blocks_file", "graph with products in blocks")),
         }
     }
 }
@@ -261,9 +302,9 @@ impl Model {
         let manifest = bundle.manifest();
         let provider = home.as_ref().map(|memory| memory.provider());
         if provider.is_some_and(|provider| provider.card().is_some()) {
-            if options.graph == GraphChoice::Fused {
+            if matches!(options.graph, GraphChoice::Fused | GraphChoice::Blocks) {
                 return Err(EngineError::Unsupported(
-                    "graph=\"fused\": the fused graph's operator runs on the processor only; leave graph out on a card".into(),
+                    "graph=\"fused\" and \"blocks\": their operators run on the processor only; leave graph out on a card".into(),
                 ));
             }
             options.graph = GraphChoice::Portable;
@@ -359,12 +400,12 @@ impl Model {
         self.kv_layout.context
     }
 
-    /// Which graph runs: `fused` or `portable`. What is measured (`Session::health`, strengths other than 1) runs on a portable one.
+    /// Which graph runs: `blocks`, `fused` or `portable`. What is measured (`Session::health`, strengths other than 1) runs on a portable one.
     pub fn graph(&self) -> &'static str {
-        match self.options.graph.fused(self.manifest()) {
-            Ok(true) => "fused",
-            _ => "portable",
-        }
+        self.options
+            .graph
+            .of(self.manifest())
+            .map_or("portable", Chosen::name)
     }
 
     /// Where the graph runs: `cpu`, or `cuda:` and the card's number.

@@ -1,7 +1,8 @@
-//! The operator `deltamem:MemoryLayer`: one node for all that a decoder's layer does for its memory. It reads a node's attributes and
+//! The runtime's own operators. This one is `deltamem:MemoryLayer`: one node for all that a decoder's layer does for its memory. It reads a node's attributes and
 //! constants once, when ONNX Runtime makes its kernel, and then hands each call's tensors to [`deltamem_kernel`], which computes. The nodes
 //! are placed by `deltamem_export.fused`, where each input and attribute is described; a test runs its graphs against the portable ones.
 
+mod blocks;
 mod tensors;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use deltamem_core::{Gates, UpdateMode};
 use deltamem_kernel::{
-    Call, Correction, From, HeadNorm, Instructions, Layer, Pool, Scratch, Settings, Spans, Storage, Target,
-    Values,
+    Call, Correction, From, HeadNorm, Instructions, IntegerInstructions, Layer, Pool, Scratch, Settings,
+    Spans, Storage, Target, Values,
 };
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput,
@@ -47,14 +48,21 @@ const OUTPUTS: usize = 6;
 /// The most values that one layer corrects.
 const MOST_TARGETS: usize = 4;
 
-/// The domain with its operator, for one session.
+/// The domain with its operators, for one session.
 pub(crate) fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?.add(MemoryLayer)
+    OperatorDomain::new(DOMAIN)?
+        .add(MemoryLayer)?
+        .add(blocks::MatMulNBits)
 }
 
 /// The vector instructions that the operator computes with on this processor.
 pub fn kernel_instructions() -> &'static str {
     Instructions::best().as_str()
+}
+
+/// The instructions that products of weights in blocks are made with on this processor; none where ONNX Runtime's own are taken.
+pub fn product_instructions() -> Option<&'static str> {
+    IntegerInstructions::best().map(IntegerInstructions::as_str)
 }
 
 struct MemoryLayer;
@@ -226,17 +234,8 @@ impl MemoryKernel {
 impl Kernel for MemoryKernel {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
         guarded(|| {
-            let pool = Threads {
-                context,
-                failed: AtomicBool::new(false),
-            };
-            self.forward(context, &pool)
-                .map_err(|what| ort::Error::new(format!("the memory's node: {what}")))?;
-            if pool.failed.into_inner() {
-                Err(failed())
-            } else {
-                Ok(())
-            }
+            with_threads(context, |pool| self.forward(context, pool))
+                .map_err(|what| ort::Error::new(format!("the memory's node: {what}")))
         })
     }
 }
@@ -266,6 +265,23 @@ impl Pool for Threads<'_> {
         if self.context.par_for(tasks, 0, one).is_err() {
             (0..tasks).for_each(one);
         }
+    }
+}
+
+/// Does a call's work with ONNX Runtime's threads; a mistake on one of them is an error of the call.
+fn with_threads(
+    context: &ComputeContext,
+    work: impl FnOnce(&Threads<'_>) -> Result<(), String>,
+) -> Result<(), String> {
+    let pool = Threads {
+        context,
+        failed: AtomicBool::new(false),
+    };
+    work(&pool)?;
+    if pool.failed.into_inner() {
+        Err(MISTAKE.into())
+    } else {
+        Ok(())
     }
 }
 
@@ -432,13 +448,12 @@ fn text(error: impl std::error::Error) -> String {
     error.to_string()
 }
 
-fn failed() -> ort::Error {
-    ort::Error::new(
-        "the memory's node stopped at a mistake of its own; please report it, and load with graph=\"portable\"",
-    )
-}
+/// What is said of a panic.
+const MISTAKE: &str =
+    "it stopped at a mistake of its own; please report it, and load with graph=\"portable\"";
 
 /// A panic must not reach ONNX Runtime: it would end the process.
 fn guarded<T>(work: impl FnOnce() -> ort::Result<T>) -> ort::Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(failed()))
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(ort::Error::new(format!("an operator of deltamem: {MISTAKE}"))))
 }

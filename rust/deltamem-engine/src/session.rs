@@ -207,7 +207,7 @@ impl Session {
         self.strength
     }
 
-    /// The graph that the session's tokens run on: `fused` or `portable`.
+    /// The graph that the session's tokens run on: `blocks`, `fused` or `portable`.
     pub fn graph(&self) -> &'static str {
         if as_trained(self.strength) {
             self.model.graph()

@@ -6,6 +6,9 @@
 //! `deltamem_core::networks`; tests hold the two together.
 
 mod activation;
+mod aligned;
+mod blocks;
+mod dots;
 mod half;
 mod instructions;
 mod layer;
@@ -14,6 +17,8 @@ mod scan;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use blocks::{Bits, BlockShape, Blocks, BlocksError, Rounded};
+pub use dots::IntegerInstructions;
 pub use instructions::Instructions;
 pub use layer::{
     Call, Correction, From, HeadNorm, Layer, LayerError, Pool, Scratch, Settings, Spans, Storage, Target,

@@ -5,8 +5,9 @@
 //! for go through a panel together, and a piece of a panel that fits into the innermost cache meets all rows of a tile before the next
 //! piece comes. Each sum is made in the order of `inner`, one product after the other, whichever way it goes.
 
-use deltamem_core::lanes::{LANES, Lanes, WIDE, spare, to_line};
+use deltamem_core::lanes::{LANES, Lanes, WIDE};
 
+use crate::aligned::Aligned;
 use crate::half;
 use crate::instructions::{Arithmetic, Halves};
 
@@ -30,27 +31,6 @@ pub(crate) struct Panels {
 enum Numbers {
     Single(Aligned<f32>),
     Half(Aligned<u16>),
-}
-
-/// Numbers from the beginning of a cache line on, so that no register is filled from two of them.
-#[derive(Debug)]
-struct Aligned<S> {
-    all: Vec<S>,
-    from: usize,
-}
-
-impl<S: Copy + Default> Aligned<S> {
-    fn new(numbers: impl ExactSizeIterator<Item = S>) -> Self {
-        let mut all: Vec<S> = Vec::with_capacity(numbers.len() + spare::<S>());
-        let from = to_line(&all);
-        all.resize(from, S::default());
-        all.extend(numbers);
-        Self { all, from }
-    }
-
-    fn numbers(&self) -> &[S] {
-        &self.all[self.from..]
-    }
 }
 
 /// Where the rows of a product go.

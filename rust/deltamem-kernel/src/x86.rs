@@ -2,14 +2,21 @@
 //! and at that level the compiler turns no loop into vectors.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, __m512, _mm256_add_ps, _mm256_cvtph_ps, _mm256_div_ps, _mm256_fmadd_ps,
-    _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_ps, _mm256_shuffle_ps,
-    _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_ps, _mm512_cvtph_ps, _mm512_div_ps,
-    _mm512_fmadd_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_sub_ps,
+    __m128i, __m256, __m256i, __m512, __m512i, _mm_packs_epi16, _mm_packs_epi32, _mm256_add_epi32,
+    _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_si128, _mm256_cvtepi32_ps, _mm256_cvtph_ps,
+    _mm256_cvtps_epi32, _mm256_div_ps, _mm256_dpbusd_avx_epi32, _mm256_extracti128_si256, _mm256_fmadd_ps,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
+    _mm256_permute2f128_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srli_epi16, _mm256_sub_ps,
+    _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
+    _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtsepi32_epi8, _mm512_div_ps,
+    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_srli_epi16, _mm512_sub_ps,
 };
 
 use deltamem_core::lanes::{LANES, Lanes, Vectors, WIDE};
 
+use crate::dots::Dots;
 use crate::instructions::{Arithmetic, Halves};
 
 /// A processor with AVX2, FMA and F16C: whoever holds one runs on it.
@@ -342,4 +349,252 @@ mod tests {
             }
         }
     }
+}
+
+/// Whole numbers with AVX2 alone.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2Dots(Avx2);
+
+/// Whole numbers with AVX-VNNI.
+#[derive(Clone, Copy)]
+pub(crate) struct VnniDots(Avx2);
+
+/// Whole numbers with AVX-512BW and AVX-512VNNI.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Dots(Avx512);
+
+/// For each set: only where these instructions are allowed, as [`Avx2::new`].
+impl Avx2Dots {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(crate) fn new(floats: Avx2) -> Self {
+        Self(floats)
+    }
+}
+
+impl VnniDots {
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    pub(crate) fn new(floats: Avx2) -> Self {
+        Self(floats)
+    }
+}
+
+impl Avx512Dots {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512vnni")]
+    pub(crate) fn new(floats: Avx512) -> Self {
+        Self(floats)
+    }
+}
+
+/// Whole numbers in registers of `$set`, `$count` in each.
+macro_rules! integers {
+    ($set:ty, $floats:ty, $rows:expr, $count:expr, $register:ty,
+     $splat:ident, $splat_bytes:ident, $and:ident, $shift:ident, $add:ident, $to_floats:ident, $round:ident, $narrow:ident, $dot:ident) => {
+        // SAFETY: of each block below: the processor has the instructions, for only `new` makes `self`, and where they are allowed. Arrays
+        // and registers of the same size hold the same plain numbers, so that one may be taken for the other.
+        #[allow(unsafe_code)]
+        #[allow(clippy::inline_always)] // see `instructions::Work`
+        impl Dots<{ $count }> for $set {
+            type Integers = $register;
+            type Floats = $floats;
+            const ROWS: usize = $rows;
+
+            #[inline(always)]
+            fn floats(self) -> $floats {
+                self.0
+            }
+
+            #[inline(always)]
+            fn bytes(self, bytes: &[[u8; 4]]) -> $register {
+                let (own, _) = bytes.as_chunks::<{ $count }>();
+                // SAFETY: see above.
+                unsafe { std::mem::transmute::<[[u8; 4]; $count], $register>(own[0]) }
+            }
+
+            #[inline(always)]
+            fn repeat(self, number: i32) -> $register {
+                // SAFETY: see above.
+                unsafe { $splat(number) }
+            }
+
+            #[inline(always)]
+            fn low(self, bytes: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $and(bytes, $splat_bytes(15)) }
+            }
+
+            #[inline(always)]
+            fn high(self, bytes: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $and($shift::<4>(bytes), $splat_bytes(15)) }
+            }
+
+            #[inline(always)]
+            fn add(self, a: $register, b: $register) -> $register {
+                // SAFETY: see above.
+                unsafe { $add(a, b) }
+            }
+
+            #[inline(always)]
+            fn sum(self, numbers: $register) -> i32 {
+                // SAFETY: see above.
+                let numbers = unsafe { std::mem::transmute::<$register, [i32; $count]>(numbers) };
+                numbers.iter().sum()
+            }
+
+            #[inline(always)]
+            fn dot<const NARROW: bool>(
+                self,
+                sums: $register,
+                unsigned: $register,
+                signed: $register,
+            ) -> $register {
+                // SAFETY: see above.
+                unsafe { $dot::<NARROW>(sums, unsigned, signed) }
+            }
+
+            #[inline(always)]
+            fn to_floats(self, numbers: $register) -> <$floats as Lanes<{ $count }>>::Numbers {
+                // SAFETY: see above.
+                unsafe { $to_floats(numbers) }
+            }
+
+            #[inline(always)]
+            fn round(self, numbers: <$floats as Lanes<{ $count }>>::Numbers) -> $register {
+                // SAFETY: see above.
+                unsafe { $round(numbers) }
+            }
+
+            #[inline(always)]
+            fn narrow(self, numbers: $register, bytes: &mut [[u8; 4]]) {
+                let (own, _) = bytes.as_chunks_mut::<{ $count / 4 }>();
+                // SAFETY: see above.
+                own[0] = unsafe { $narrow(numbers) };
+            }
+        }
+    };
+}
+
+integers!(
+    Avx2Dots,
+    Avx2,
+    3,
+    LANES,
+    __m256i,
+    _mm256_set1_epi32,
+    _mm256_set1_epi8,
+    _mm256_and_si256,
+    _mm256_srli_epi16,
+    _mm256_add_epi32,
+    _mm256_cvtepi32_ps,
+    _mm256_cvtps_epi32,
+    narrow_eight,
+    dot_avx2
+);
+integers!(
+    VnniDots,
+    Avx2,
+    3,
+    LANES,
+    __m256i,
+    _mm256_set1_epi32,
+    _mm256_set1_epi8,
+    _mm256_and_si256,
+    _mm256_srli_epi16,
+    _mm256_add_epi32,
+    _mm256_cvtepi32_ps,
+    _mm256_cvtps_epi32,
+    narrow_eight,
+    dot_vnni
+);
+integers!(
+    Avx512Dots,
+    Avx512,
+    6,
+    WIDE,
+    __m512i,
+    _mm512_set1_epi32,
+    _mm512_set1_epi8,
+    _mm512_and_si512,
+    _mm512_srli_epi16,
+    _mm512_add_epi32,
+    _mm512_cvtepi32_ps,
+    _mm512_cvtps_epi32,
+    narrow_sixteen,
+    dot_avx512
+);
+
+/// Products of bytes without an instruction for it. Of unsigned bytes below 16 two products fit into 16 bits; others are widened first, even
+/// and odd ones apart.
+///
+/// # Safety
+/// The processor has AVX2.
+#[allow(unsafe_code)]
+#[allow(clippy::inline_always)]
+#[inline(always)]
+unsafe fn dot_avx2<const NARROW: bool>(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+    // SAFETY: the caller has seen to it.
+    unsafe {
+        if NARROW {
+            let pairs = _mm256_maddubs_epi16(unsigned, signed);
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        } else {
+            let even = _mm256_madd_epi16(
+                _mm256_and_si256(unsigned, _mm256_set1_epi16(0xFF)),
+                _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(signed)),
+            );
+            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(unsigned), _mm256_srai_epi16::<8>(signed));
+            _mm256_add_epi32(sums, _mm256_add_epi32(even, odd))
+        }
+    }
+}
+
+/// # Safety
+/// The processor has AVX-VNNI.
+#[allow(unsafe_code)]
+#[allow(clippy::inline_always)]
+#[inline(always)]
+unsafe fn dot_vnni<const NARROW: bool>(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+    // SAFETY: the caller has seen to it.
+    unsafe { _mm256_dpbusd_avx_epi32(sums, unsigned, signed) }
+}
+
+/// # Safety
+/// The processor has AVX-512VNNI.
+#[allow(unsafe_code)]
+#[allow(clippy::inline_always)]
+#[inline(always)]
+unsafe fn dot_avx512<const NARROW: bool>(sums: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i {
+    // SAFETY: the caller has seen to it.
+    unsafe { _mm512_dpbusd_epi32(sums, unsigned, signed) }
+}
+
+/// Eight whole numbers as signed bytes.
+///
+/// # Safety
+/// The processor has AVX2.
+#[allow(unsafe_code)]
+#[allow(clippy::inline_always)]
+#[inline(always)]
+unsafe fn narrow_eight(numbers: __m256i) -> [[u8; 4]; 2] {
+    // SAFETY: the caller has seen to it. Arrays and registers of the same size hold the same plain numbers.
+    unsafe {
+        let words = _mm_packs_epi32(
+            _mm256_castsi256_si128(numbers),
+            _mm256_extracti128_si256::<1>(numbers),
+        );
+        let [bytes, _] = std::mem::transmute::<__m128i, [[[u8; 4]; 2]; 2]>(_mm_packs_epi16(words, words));
+        bytes
+    }
+}
+
+/// Sixteen whole numbers as signed bytes.
+///
+/// # Safety
+/// The processor has AVX-512F.
+#[allow(unsafe_code)]
+#[allow(clippy::inline_always)]
+#[inline(always)]
+unsafe fn narrow_sixteen(numbers: __m512i) -> [[u8; 4]; 4] {
+    // SAFETY: as for eight.
+    unsafe { std::mem::transmute::<__m128i, [[u8; 4]; 4]>(_mm512_cvtsepi32_epi8(numbers)) }
 }

@@ -150,7 +150,7 @@ impl GenerationStats {
         self.0.finish_reason.map(deltamem_engine::FinishReason::as_str)
     }
 
-    /// The graph that it ran on: "fused" or "portable" (``Model.load``); what is measured runs on a portable one.
+    /// The graph that it ran on: "blocks", "fused" or "portable" (``Model.load``); what is measured runs on a portable one.
     #[getter]
     fn graph(&self) -> &'static str {
         self.0.graph

@@ -39,6 +39,10 @@ fn doctor(py: Python<'_>, library: Option<std::path::PathBuf>) -> PyResult<Bound
     )?;
     report.set_item("cpu_features", PyList::new(py, cpu_features())?)?;
     report.set_item("kernel", deltamem_engine::kernel_instructions())?;
+    report.set_item(
+        "products",
+        deltamem_engine::product_instructions().unwrap_or("ONNX Runtime's"),
+    )?;
     if let Some(library) = library {
         let runtime = deltamem_engine::Runtime::open(&library).map_err(errors::to_python)?;
         report.set_item("ort_library", runtime.library())?;

@@ -6,7 +6,7 @@ use ort::operator::ComputeContext;
 use ort::sys;
 
 /// The most sizes that a shape may have here.
-const MOST_SIZES: usize = 5;
+pub(super) const MOST_SIZES: usize = 5;
 
 /// Inputs and outputs of one call, all of float32 in the processor's memory.
 pub(super) struct Tensors<'a>(&'a ComputeContext);

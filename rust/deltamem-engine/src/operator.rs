@@ -3,6 +3,7 @@
 //! are placed by `deltamem_export.fused`, where each input and attribute is described; a test runs its graphs against the portable ones.
 
 mod blocks;
+mod pages;
 mod tensors;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -135,6 +136,10 @@ impl MemoryKernel {
         let (targets, places) = node.targets(&settings)?;
         let layer =
             Layer::new(settings, &networks, &gate_bias, targets, Instructions::best()).map_err(text)?;
+        // All of these are packed.
+        for input in [NETWORKS, CORRECTIONS] {
+            node.give_back(input);
+        }
         Ok(Self {
             layer,
             at: node.size("layer")?,
@@ -330,6 +335,13 @@ impl Node<'_, '_> {
             .constant_input::<TensorValueType<f32>>(input)
             .map_err(|error| format!("the input {name} is no constant of float32: {error}"))?;
         Ok(value.extract_tensor().1.to_vec())
+    }
+
+    /// Gives back the pages of a constant that nobody reads again.
+    fn give_back(&self, input: usize) {
+        if let Ok(value) = self.0.constant_input::<TensorValueType<f32>>(input) {
+            pages::give_back(value.extract_tensor().1);
+        }
     }
 
     /// All but the hidden width, which the networks tell.

@@ -127,6 +127,9 @@ pub(crate) trait Dots<const N: usize>: Copy {
     /// Bytes from memory, of which there are `N` fours.
     fn bytes(self, bytes: &[[u8; 4]]) -> Self::Integers;
 
+    /// Asks for the cache line that lies `ahead` numbers of 4 bytes behind the first one, and will be read soon; there need not be any.
+    fn prefetch<T>(self, numbers: &[T], ahead: usize);
+
     /// One number in all places.
     fn repeat(self, number: i32) -> Self::Integers;
 

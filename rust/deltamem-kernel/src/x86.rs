@@ -2,10 +2,10 @@
 //! and at that level the compiler turns no loop into vectors.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, __m512, __m512i, _mm_packs_epi16, _mm_packs_epi32, _mm256_add_epi32,
-    _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_si128, _mm256_cvtepi32_ps, _mm256_cvtph_ps,
-    _mm256_cvtps_epi32, _mm256_div_ps, _mm256_dpbusd_avx_epi32, _mm256_extracti128_si256, _mm256_fmadd_ps,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
+    __m128i, __m256, __m256i, __m512, __m512i, _MM_HINT_T0, _mm_packs_epi16, _mm_packs_epi32, _mm_prefetch,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_si128, _mm256_cvtepi32_ps,
+    _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_dpbusd_avx_epi32, _mm256_extracti128_si256,
+    _mm256_fmadd_ps, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
     _mm256_permute2f128_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
     _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srli_epi16, _mm256_sub_ps,
     _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
@@ -408,6 +408,13 @@ macro_rules! integers {
                 let (own, _) = bytes.as_chunks::<{ $count }>();
                 // SAFETY: see above.
                 unsafe { std::mem::transmute::<[[u8; 4]; $count], $register>(own[0]) }
+            }
+
+            #[inline(always)]
+            fn prefetch<T>(self, numbers: &[T], ahead: usize) {
+                let place = numbers.as_ptr().wrapping_add(ahead);
+                // SAFETY: see above; nothing is read.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) }
             }
 
             #[inline(always)]

@@ -289,3 +289,41 @@ fn how_fast_products_are() {
         }
     }
 }
+
+#[test]
+#[ignore = "prints timings, checks nothing"]
+fn how_fast_single_rows_come_from_memory() {
+    let shape = BlockShape {
+        inner: 1024,
+        columns: 3072,
+        block: 32,
+        bits: Bits::Four,
+    };
+    let case = Case::new(shape, 1, 1);
+    let instructions = IntegerInstructions::best().unwrap();
+    let all: Vec<_> = (0..150)
+        .map(|_| Blocks::pack(&case.weights, &case.scales, shape, instructions).unwrap())
+        .collect();
+    for threads in [1, 2] {
+        for _ in 0..5 {
+            let began = std::time::Instant::now();
+            std::thread::scope(|scope| {
+                for own in all.chunks(150 / threads) {
+                    let case = &case;
+                    scope.spawn(move || {
+                        let (mut out, mut rounded) = (vec![0.0; shape.columns], Rounded::default());
+                        for matrix in own {
+                            matrix.multiply(&case.x, &mut out, &mut rounded, &Alone).unwrap();
+                        }
+                    });
+                }
+            });
+            let t = began.elapsed().as_secs_f64();
+            println!(
+                "{threads} threads: {:.1} us each, {:.1} GB/s",
+                t / 150.0 * 1e6,
+                150.0 * (1024.0 * 3072.0 * 0.625) / t / 1e9
+            );
+        }
+    }
+}

@@ -5,6 +5,7 @@ use deltamem_kernel::{Bits, BlockShape, Blocks, IntegerInstructions, Rounded};
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::{TensorElementType, TensorValueType};
 
+use super::pages::give_back;
 use super::tensors::{MOST_SIZES, Tensors};
 use super::{Node, guarded, text, with_threads};
 
@@ -77,13 +78,10 @@ impl BlocksKernel {
         let scales = context
             .constant_input::<TensorValueType<f32>>(SCALES)
             .map_err(|error| format!("the scales are no constant of float32: {error}"))?;
-        let matrix = Blocks::pack(
-            weights.extract_tensor().1,
-            scales.extract_tensor().1,
-            shape,
-            instructions,
-        )
-        .map_err(text)?;
+        let (weights, scales) = (weights.extract_tensor().1, scales.extract_tensor().1);
+        let matrix = Blocks::pack(weights, scales, shape, instructions).map_err(text)?;
+        give_back(weights);
+        give_back(scales);
         Ok(Self {
             matrix,
             rounded: Rounded::default(),

@@ -5,9 +5,6 @@ one that is wrong. That it computes what the portable graph computes is held whe
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +22,11 @@ from deltamem_export.builder import build
 from deltamem_export.bundle import export_bundle, share_files
 from deltamem_export.cli import main
 from deltamem_export.external import link
-from deltamem_export.fused import FUSED_FILE
 from deltamem_export.precision import Precision
+from stepping import last_run, profiled, talk
 
 QUIET = {"say": lambda _: None}
+FUSED_FILE = "model.fused.onnx"
 LOGITS, STATES = 1e-4, 1e-5
 LAYERS = 3  # of each tiny backbone
 
@@ -45,16 +43,6 @@ def copy_of(bundle: Path, target: Path, **graph: object) -> Path:
 
 def memory_nodes(bundle: Path) -> list[ir.Node]:
     return [node for node in ir.load(bundle / FUSED_FILE).graph if node.domain == "deltamem"]
-
-
-def talk(model: dm.Model, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of every token and the memory: a prompt, single tokens, a turn that only reads."""
-    with model.session() as session:
-        logits = [session.feed(ids[:30], logits=True)]
-        logits += [session.feed(ids[t : t + 1], logits=True) for t in range(30, 34)]
-        session.end_turn()
-        logits.append(session.feed(ids[34:], write=False, logits=True))
-        return np.concatenate(logits), session.memory.copy()
 
 
 # family → inputs 6 to 12 that the node has, and its outputs
@@ -85,32 +73,6 @@ def test_the_node_takes_in_what_the_family_allows(family, make_backbone, make_ad
         if isinstance(value.const_value, ir.ExternalTensor)
     }
     assert {Path(path).name for path in data} == {"model.onnx.data"}, "the weights are on disk once"
-
-
-def profiled(bundle: Path, folder: Path, graph: str) -> Counter[str]:
-    """The nodes that ran in the last of three decode steps, by ONNX Runtime's own profile."""
-    folder.mkdir()
-    code = (
-        "import sys, deltamem_rt as dm\n"
-        "model = dm.Model.load(sys.argv[1], graph=sys.argv[2])\n"
-        "session = model.session()\n"
-        "session.feed([5, 6, 7, 8])\n"
-        "for token in (9, 10, 11): session.feed([token])\n"
-        "session.close(); del session, model"
-    )
-    environment = os.environ | {"DELTAMEM_PROFILE": str(folder / "profile"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, str(bundle), graph], check=True, env=environment)
-    (file,) = folder.iterdir()
-    return last_run(json.loads(file.read_text()))
-
-
-def last_run(events: list[dict]) -> Counter[str]:
-    start = max(event["ts"] for event in events if event["name"] == "model_run")
-    return Counter(
-        event["args"]["op_name"]
-        for event in events
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= start
-    )
 
 
 def bare(backbone: Path, folder: Path) -> Counter[str]:
@@ -216,7 +178,7 @@ def test_what_is_measured_runs_on_the_portable_graph(parity_bundle) -> None:
             reply.read()
             assert reply.stats.graph == graph
             assert f"graph='{graph}'" in repr(reply.stats)
-    with pytest.raises(ValueError, match="'auto', 'portable' or 'fused'"):
+    with pytest.raises(ValueError, match="'auto', 'portable', 'fused' or 'blocks'"):
         dm.Model.load(model.path, graph="quick")
 
 

@@ -117,16 +117,14 @@ def _is_own_product(node: ir.Node) -> bool:
     if node.op_type != "MatMulNBits" or len([v for v in node.inputs if v is not None]) != 3:
         return False
     number = {name: a.as_int() for name, a in node.attributes.items() if a.type == ir.AttributeType.INT}
-    x, weights, scales = node.inputs[:3]
+    weights, scales = node.inputs[1:3]
     return (
         number.get("accuracy_level") == 4
         and number.get("bits") in (4, 8)
         and number.get("block_size") in (32, 64, 128, 256)
-        and x is not None
-        and x.dtype == _FLOAT
         and all(v is not None and v.is_initializer() for v in (weights, scales))
         and scales is not None
-        and scales.dtype == _FLOAT
+        and scales.dtype == _FLOAT  # and so is what is multiplied
     )
 
 
@@ -149,8 +147,8 @@ def further_graphs(bundle: Path, found: Mapping[str, Any], stem: str) -> dict[st
 
 
 def add_fused(bundle: str | os.PathLike[str]) -> str | None:
-    """Gives an exported bundle the graphs with the runtime's own operators, or makes them anew. Its weights, its fingerprint and its memories
-    stay. It is replaced whole or not at all.
+    """Gives an exported bundle the graphs with the runtime's own operators, or makes them anew. Its weights, its fingerprint and its
+    memories stay. It is replaced whole or not at all.
 
     Returns:
         None, or why it has no fused graph now; its manifest says so too.

@@ -97,20 +97,25 @@ def bench_memory(names: tuple[str, ...], quick: bool) -> None:
     for name in names:
         for precision in models.PRECISIONS:
             made, lengths = models.made(name, precision), Lengths(name, quick)
-            best = load(made.bundle).graph
+            best, bare = load(made.bundle).graph, load(made.bare).graph
             makers: dict[str, Callable[[], Contestant]] = {
                 "without": lambda made=made: Engine(load(made.bare)),
-                "with": lambda made=made: Engine(load(made.bundle)),
+                best: lambda made=made: Engine(load(made.bundle)),
             }
+            opponents = {best: "without"}
             if best != "portable":
                 makers["portable"] = lambda made=made: Engine(load(made.bundle, graph="portable"))
+                opponents["portable"] = "without"
+            if bare != "portable":
+                # Products of the same kind on both sides.
+                makers["without, portable"] = lambda made=made: Engine(load(made.bare, graph="portable"))
+                opponents["portable"] = "without, portable"
             found = measured(makers, lengths)
-            for who in (who for who in found if who != "without"):
-                graph = best if who == "with" else who
-                for what, times in found[who].items():
-                    base = found["without"][what]
+            for graph, opponent in opponents.items():
+                for what, times in found[graph].items():
+                    base = found[opponent][what]
                     ratio = Ratio.of(times, base)
-                    goal = reached(ratio.value, 1.03, most=True) if who == "with" else "-"
+                    goal = reached(ratio.value, 1.03, most=True) if graph == best else "-"
                     table.row(
                         name, precision, graph, what, quantity(times), quantity(base), ratio, goal, lengths.rounds
                     )
@@ -121,13 +126,13 @@ def row(
     labels: tuple[str, ...],
     what: str,
     found: Rounds,
-    opponent: str,
+    two: tuple[str, str],
     goal: float,
     lengths: Lengths,
     says: tuple[str, ...] = (),
 ) -> None:
     """Ours against an opponent: both rates, what there is to say of the opponent, how many times as fast ours is, and the goal."""
-    ours, theirs = found["ours"][what], found[opponent][what]
+    ours, theirs = (found[who][what] for who in two)
     ratio = Ratio.of(theirs, ours)
     cells = (rate(what, ours), rate(what, theirs), *says, ratio, reached(ratio.value, goal))
     table.row(*labels, what, *cells, lengths.rounds)
@@ -138,23 +143,29 @@ def bench_genai(names: tuple[str, ...], quick: bool) -> None:
         "\n### The same graph without memory against onnxruntime-genai\n\nTokens a second; genai's generator runs with its own "
         f"settings (its threads go on spinning, ours sleep after 20 µs) and, of its own number of threads and of {CORES}, with what is "
         "faster here. Making a generator is not counted. Its graph has the same weights and computes the last token's logits alone, as "
-        "ours; ours makes pieces of text beside, genai's ids only."
+        "ours; ours makes pieces of text beside, genai's ids only. The graph `portable` has genai's very operators, `blocks` products of "
+        "our own over the same 4-bit weights."
     )
     table = Table(
-        "model", "precision", "what", "engine", "onnxruntime-genai", "its threads", "times as fast", "goal", "rounds"
+        *("model", "precision", "our graph", "what", "engine", "onnxruntime-genai", "its threads"),
+        *("times as fast", "goal", "rounds"),
     )
     for name in names:
         for precision in models.PRECISIONS:
             made, lengths = models.made(name, precision), Lengths(name, quick)
+            graphs = sorted({load(made.bare).graph, "portable"})
             makers: dict[str, Callable[[], Contestant]] = {
-                "ours": lambda made=made: Engine(load(made.bare)),
+                graph: lambda made=made, graph=graph: Engine(load(made.bare, graph=graph)) for graph in graphs
+            }
+            makers |= {
                 "its own": lambda made=made: GenAI(made.genai),
                 f"{CORES}": lambda made=made: GenAI(made.genai, threads=CORES),
             }
             found = measured(makers, lengths)
-            for what in found["ours"]:
-                best = quickest(found, ("its own", f"{CORES}"), what)
-                row(table, (name, precision), what, found, best, 1.0, lengths, says=(best,))
+            for graph in graphs:
+                for what in found[graph]:
+                    best = quickest(found, ("its own", f"{CORES}"), what)
+                    row(table, (name, precision, graph), what, found, (graph, best), 1.0, lengths, says=(best,))
 
 
 def bench_torch(names: tuple[str, ...], quick: bool) -> None:
@@ -171,12 +182,12 @@ def bench_torch(names: tuple[str, ...], quick: bool) -> None:
         }
         found = measured({"ours": lambda made=made: Engine(load(made.bundle)), "fp32": theirs["fp32"]}, lengths)
         for what in found["ours"]:
-            row(table, (name, "fp32", "fp32"), what, found, "fp32", 1.2, lengths)
+            row(table, (name, "fp32", "fp32"), what, found, ("ours", "fp32"), 1.2, lengths)
         made = models.made(name, "int4")
         found = measured({"ours": lambda made=made: Engine(load(made.bundle)), **theirs}, lengths)
         for what in found["ours"]:
             form = quickest(found, tuple(theirs), what)
-            row(table, (name, "int4", form), what, found, form, 4.0, lengths)
+            row(table, (name, "int4", form), what, found, ("ours", form), 4.0, lengths)
 
 
 def bench_profile(names: tuple[str, ...], quick: bool) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,11 +159,15 @@ def test_many_sessions_in_one_step(parity_bundle) -> None:
     model = load(parity_bundle("qwen3_tsw_qo"), device=ON_DEVICE, max_batch=6)
     assert model.unbatched is None
 
-    def talk(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    ready = threading.Barrier(10)
+
+    def talk(seed: int, meet: threading.Barrier | None = None) -> tuple[np.ndarray, np.ndarray]:
         with model.session() as session:
             session.feed(ids(10 + 31 * seed, seed))  # the longer ones need more than the first capacity
             session.end_turn()
             session.feed(ids(5 + 28 * seed, seed + 50))
+            if meet is not None:
+                meet.wait(60)  # so that they step together, however busy the machine is
             logits = [session.feed([token], logits=True)[0] for token in ids(25 + 3 * (seed % 4), seed + 100)]
             in_turn = session.memory
             session.end_turn()
@@ -172,7 +177,7 @@ def test_many_sessions_in_one_step(parity_bundle) -> None:
     alone = [talk(seed) for seed in range(10)]
     before = model.stats
     for (logits, memory), (expected, expected_memory) in zip(
-        together([lambda s=seed: talk(s) for seed in range(10)]), alone, strict=True
+        together([lambda s=seed: talk(s, ready) for seed in range(10)]), alone, strict=True
     ):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
         np.testing.assert_allclose(memory, expected_memory, rtol=0, atol=1e-5)

@@ -19,8 +19,8 @@ const PANEL: usize = 32;
 const STEP: usize = 8;
 /// Four bytes in one lane of a register.
 type Four = [u8; 4];
-/// How far ahead of a single row's products its weights are asked for, in fours. They come from memory, and the processor alone does not ask
-/// for enough of them.
+/// How far ahead of the first rows' products their weights are asked for, in fours. They come from memory, and the processor alone does not
+/// ask for enough of them.
 const AHEAD: usize = 1536;
 /// Products that a task has at least, so that handing it to a thread is worth it.
 const SHARED: usize = 1 << 17;
@@ -429,7 +429,7 @@ impl Multiply<'_> {
             let levels: [&[[Four; 2]]; R] =
                 std::array::from_fn(|r| levels[r][n * block / 4..][..block / 4].as_chunks::<2>().0);
             for (k, weights) in weights.chunks_exact(step).enumerate() {
-                if R == 1 {
+                if row == 0 {
                     for line in (0..step * 2 * N / PANEL).step_by(16) {
                         dots.prefetch(weights, first + line + AHEAD);
                     }

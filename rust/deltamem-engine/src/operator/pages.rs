@@ -30,7 +30,8 @@ mod linux {
             return;
         }
         let (first, end) = (from.div_ceil(page), (from + bytes) / page);
-        if first >= end || !pages(first, end - first).is_ok_and(|pages| pages.into_iter().all(keeps_nothing)) {
+        if first >= end || !pages(first, end - first).is_ok_and(|pages| pages.into_iter().all(keeps_nothing))
+        {
             return;
         }
         // SAFETY: the constant is lent to the caller, so its pages stay where they are; nobody writes to it. Each of them that exists is a

@@ -7,6 +7,7 @@ mod pages;
 mod tensors;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use deltamem_core::{Gates, UpdateMode};
@@ -18,6 +19,7 @@ use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput,
 };
 use ort::value::{TensorElementType, TensorValueType};
+use parking_lot::Mutex;
 
 use self::tensors::Tensors;
 
@@ -52,8 +54,8 @@ const MOST_TARGETS: usize = 4;
 /// The domain with its operators, for one session.
 pub(crate) fn domain() -> ort::Result<OperatorDomain> {
     OperatorDomain::new(DOMAIN)?
-        .add(MemoryLayer)?
-        .add(blocks::MatMulNBits)
+        .add(MemoryLayer::default())?
+        .add(blocks::MatMulNBits::default())
 }
 
 /// The vector instructions that the operator computes with on this processor.
@@ -66,7 +68,14 @@ pub fn product_instructions() -> Option<&'static str> {
     IntegerInstructions::best().map(IntegerInstructions::as_str)
 }
 
-struct MemoryLayer;
+#[derive(Default)]
+struct MemoryLayer {
+    scratch: Shared<Scratch>,
+}
+
+/// What all nodes of a session work in: they run one after another, so that one's room serves all, and is in the caches when the next one
+/// comes.
+type Shared<T> = Arc<Mutex<T>>;
 
 impl Operator for MemoryLayer {
     type Kernel<'attr> = MemoryKernel;
@@ -104,7 +113,7 @@ impl Operator for MemoryLayer {
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<MemoryKernel> {
         guarded(|| {
-            MemoryKernel::new(context).map_err(|what| {
+            MemoryKernel::new(context, &self.scratch).map_err(|what| {
                 let node = context.node_name().unwrap_or_default();
                 ort::Error::new(format!(
                     "the memory's node {node}: {what}; export the bundle again"
@@ -114,7 +123,7 @@ impl Operator for MemoryLayer {
     }
 }
 
-/// One node's layer, and what it works in.
+/// One node's layer.
 struct MemoryKernel {
     layer: Layer,
     /// Which of the memory's layers it is.
@@ -122,11 +131,11 @@ struct MemoryKernel {
     /// Each target's output, and the input that it is made from.
     places: Vec<(usize, Option<usize>)>,
     spans: bool,
-    scratch: Scratch,
+    scratch: Shared<Scratch>,
 }
 
 impl MemoryKernel {
-    fn new(context: &KernelContext<'_>) -> Result<Self, String> {
+    fn new(context: &KernelContext<'_>, scratch: &Shared<Scratch>) -> Result<Self, String> {
         let node = Node(context);
         let settings = node.settings()?;
         let networks = node.constant(NETWORKS, "networks")?;
@@ -145,7 +154,7 @@ impl MemoryKernel {
             at: node.size("layer")?,
             places,
             spans: context.get::<i64>("spans").unwrap_or(0) != 0,
-            scratch: Scratch::default(),
+            scratch: Arc::clone(scratch),
         })
     }
 
@@ -232,7 +241,9 @@ impl MemoryKernel {
             values: &mut values[..self.places.len()],
             spans,
         };
-        self.layer.forward(call, &mut self.scratch, pool).map_err(text)
+        self.layer
+            .forward(call, &mut self.scratch.lock(), pool)
+            .map_err(text)
     }
 }
 

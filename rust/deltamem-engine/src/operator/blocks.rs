@@ -1,19 +1,24 @@
 //! The operator `deltamem:MatMulNBits`: `com.microsoft:MatMulNBits` at accuracy level 4, with the same inputs and attributes, for the shapes
 //! that [`deltamem_kernel::Blocks`] has. `deltamem_export.fused` places it where ONNX Runtime's own one stands.
 
+use std::sync::Arc;
+
 use deltamem_kernel::{Bits, BlockShape, Blocks, IntegerInstructions, Rounded};
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::{TensorElementType, TensorValueType};
 
 use super::pages::give_back;
 use super::tensors::{MOST_SIZES, Tensors};
-use super::{Node, guarded, text, with_threads};
+use super::{Node, Shared, guarded, text, with_threads};
 
 const X: usize = 0;
 const WEIGHTS: usize = 1;
 const SCALES: usize = 2;
 
-pub(super) struct MatMulNBits;
+#[derive(Default)]
+pub(super) struct MatMulNBits {
+    rounded: Shared<Rounded>,
+}
 
 impl Operator for MatMulNBits {
     type Kernel<'attr> = BlocksKernel;
@@ -40,7 +45,7 @@ impl Operator for MatMulNBits {
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<BlocksKernel> {
         guarded(|| {
-            BlocksKernel::new(context).map_err(|what| {
+            BlocksKernel::new(context, &self.rounded).map_err(|what| {
                 let node = context.node_name().unwrap_or_default();
                 ort::Error::new(format!(
                     "the product {node}: {what}; load with graph=\"portable\""
@@ -50,14 +55,14 @@ impl Operator for MatMulNBits {
     }
 }
 
-/// One node's matrix, and what it works in.
+/// One node's matrix.
 pub(super) struct BlocksKernel {
     matrix: Blocks,
-    rounded: Rounded,
+    rounded: Shared<Rounded>,
 }
 
 impl BlocksKernel {
-    fn new(context: &KernelContext<'_>) -> Result<Self, String> {
+    fn new(context: &KernelContext<'_>, rounded: &Shared<Rounded>) -> Result<Self, String> {
         let node = Node(context);
         let instructions = IntegerInstructions::best()
             .ok_or("this processor has no instructions for it that are worth it")?;
@@ -84,7 +89,7 @@ impl BlocksKernel {
         give_back(scales);
         Ok(Self {
             matrix,
-            rounded: Rounded::default(),
+            rounded: Arc::clone(rounded),
         })
     }
 }
@@ -105,7 +110,7 @@ impl Kernel for BlocksKernel {
                 }
                 let out = tensors.output(0, &sizes[..dims])?;
                 self.matrix
-                    .multiply(x.values(), out, &mut self.rounded, pool)
+                    .multiply(x.values(), out, &mut self.rounded.lock(), pool)
                     .map_err(text)
             })
             .map_err(|what| ort::Error::new(format!("a product's node: {what}")))

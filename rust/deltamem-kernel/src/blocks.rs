@@ -6,6 +6,7 @@
 //! order: a token has the same bits alone, in a prompt and among the tokens of others.
 
 use std::marker::PhantomData;
+use std::sync::Mutex;
 
 use deltamem_core::lanes::Lanes;
 
@@ -240,34 +241,34 @@ impl Blocks {
         Ok(())
     }
 
-    /// Rounds the rows, several tasks' worth in parallel.
+    /// Rounds the rows; many of them in parallel.
     fn round(&self, x: &[f32], rounded: &mut Rounded, pool: &dyn Pool) {
+        let BlockShape { inner, block, .. } = self.shape;
         let blocks = self.shape.blocks();
-        let own = (SHARED / 8).div_ceil(self.shape.inner);
-        let tasks: Vec<_> = x
-            .chunks(own * self.shape.inner)
-            .zip(rounded.levels.chunks_mut(own * blocks * self.shape.block / 4))
+        let own = (SHARED / 8).div_ceil(inner);
+        let mut tasks = x
+            .chunks(own * inner)
+            .zip(rounded.levels.chunks_mut(own * blocks * block / 4))
             .zip(rounded.scales.chunks_mut(own * blocks))
             .zip(rounded.starts.chunks_mut(own * blocks))
-            .map(|(((x, levels), scales), starts)| {
-                std::sync::Mutex::new(Round {
-                    shape: self.shape,
-                    x,
-                    levels,
-                    scales,
-                    starts,
-                })
-            })
-            .collect();
-        let task = |n: usize| {
-            if let Ok(mut round) = tasks[n].lock() {
-                self.instructions.run(&mut *round);
-            }
-        };
-        match tasks.len() {
-            1 => task(0),
-            count => pool.run(count, &task),
+            .map(|(((x, levels), scales), starts)| Round {
+                shape: self.shape,
+                x,
+                levels,
+                scales,
+                starts,
+            });
+        if tasks.len() == 1 {
+            tasks.for_each(|task| self.instructions.run(task));
+            return;
         }
+        let tasks: Vec<_> = tasks.by_ref().map(|task| Mutex::new(Some(task))).collect();
+        pool.run(tasks.len(), &|n| {
+            let task = tasks[n].lock().ok().and_then(|mut task| task.take());
+            if let Some(task) = task {
+                self.instructions.run(task);
+            }
+        });
     }
 }
 
@@ -308,7 +309,7 @@ struct Round<'a> {
 }
 
 #[allow(clippy::inline_always)] // see `instructions::Work`
-impl DotsWork for &mut Round<'_> {
+impl DotsWork for Round<'_> {
     #[inline(always)]
     fn run<D: Dots<N>, const N: usize>(self, dots: D) {
         let BlockShape { inner, block, .. } = self.shape;

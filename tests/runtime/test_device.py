@@ -5,8 +5,10 @@ CPU path, bit for bit, since the same kernels compute both. What a card alone ca
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +216,138 @@ def test_turns_that_change_places_keep_their_rows(parity_bundle) -> None:
         np.testing.assert_allclose(steps(session, seed + 20, 3), alone[seed][1], rtol=0, atol=1e-5)
         np.testing.assert_allclose(session.memory, alone[seed][2], rtol=0, atol=1e-5)
         session.close()
+
+
+# the best of the logits
+
+SETTINGS: dict[str, dict[str, float | int]] = {
+    "greedy": {},
+    "top-k": {"temperature": 0.8, "top_k": 5, "seed": 3},
+    "top-k, top-p, min-p": {"temperature": 1.3, "top_k": 40, "top_p": 0.8, "min_p": 0.02, "seed": 4},
+    "nearly all": {"temperature": 1.0, "top_k": 250, "seed": 5},
+}
+WHOLE_ROWS: dict[str, dict[str, float | int]] = {
+    "top-p": {"temperature": 1.0, "top_p": 0.7, "seed": 6},
+    "more than there are": {"temperature": 1.0, "top_k": 1000, "seed": 7},
+    "all of them": {"temperature": 1.0, "top_k": 256, "seed": 8},
+    "penalty": {"repetition_penalty": 1.4},
+    "top-k and penalty": {"temperature": 0.9, "top_k": 4, "repetition_penalty": 1.2, "seed": 9},
+}
+"""What needs every logit: sums over all words, or a penalty on words that may be anywhere."""
+
+
+def reply(model: dm.Model, prompt: np.ndarray, count: int, **settings: float) -> list[int]:
+    with model.session() as session:
+        pieces = session.generate(prompt, max_new_tokens=count, **settings)
+        for _ in pieces:
+            pass
+        # The word that ends a reply is chosen too.
+        return pieces.token_ids + ([2] if pieces.stats.finish_reason == "eos" else [])
+
+
+@pytest.fixture(scope="module")
+def changed(golden_case, tmp_path_factory) -> Callable[..., Path]:
+    """`changed(period=n)`: a bundle whose word n + i has the logit of word i, as the rows of a padded vocabulary have all the same.
+    `changed(eos=n)`: one whose replies end with word n."""
+    from safetensors.numpy import load_file, save_file
+
+    from deltamem_export.bundle import export_bundle
+
+    def bundle(period: int = 256, eos: int = 2) -> Path:
+        source, made = golden_case("qwen3_tsw_qo"), tmp_path_factory.mktemp("changed")
+        shutil.copytree(source / "backbone", made / "backbone")
+        weights = made / "backbone" / "model.safetensors"
+        tensors = load_file(weights)
+        words = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = words[np.arange(len(words)) % period]
+        save_file(tensors, weights, metadata={"format": "pt"})
+        for config in (made / "backbone").glob("*config.json"):
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": eos}))
+        return export_bundle(made / "backbone", source / "adapter", made / "bundle", "fp32", say=lambda _: None)
+
+    return bundle
+
+
+@pytest.mark.parametrize("max_batch", [1, 16])
+@pytest.mark.parametrize("settings", [*SETTINGS, *WHOLE_ROWS])
+def test_the_best_logits_give_the_same_ids(settings: str, max_batch: int, models) -> None:
+    """And nothing else comes down where they are enough."""
+    on_device = load(models[0].path, device=ON_DEVICE, max_batch=max_batch)
+    chosen = (SETTINGS | WHOLE_ROWS)[settings]
+    found, expected = ([reply(model, ids(9, n), 40, **chosen) for n in range(3)] for model in (on_device, models[0]))
+    assert found == expected
+    # The last token of each reply is read for whoever goes on from it, with all logits.
+    assert on_device.stats.best_rows == (sum(map(len, found)) if settings in SETTINGS else 0)
+    assert models[0].stats.best_rows == 0
+
+
+@pytest.mark.parametrize("period", [8, 128])
+def test_equal_logits_are_chosen_between_by_the_lowest_id(period: int, changed) -> None:
+    """Two of each, and thirty-two of each, which are more than come down."""
+    bundle = changed(period=period)
+    cpu, device = load(bundle, device="cpu"), load(bundle, device=ON_DEVICE)
+    with cpu.session() as session:
+        logits = session.feed(ids(6), logits=True)
+        same(logits[:, :-period], logits[:, period:])
+    chosen = 0
+    for settings in ({}, *({"temperature": 1.5, "top_k": k, "seed": k} for k in (1, 2, 3, 5, 8, 33, 64))):
+        found, expected = (reply(model, ids(6), 30, **settings) for model in (device, cpu))
+        assert found == expected, settings
+        chosen += len(found)
+    assert device.stats.best_rows == chosen
+
+
+def test_one_step_of_sessions_with_different_settings(parity_bundle) -> None:
+    """Some need the best, some the whole row, some are asked for logits by their caller."""
+    bundle = parity_bundle("qwen3_tsw_qo")
+    device, cpu = load(bundle, device=ON_DEVICE, max_batch=16), load(bundle, device="cpu", max_batch=1)
+    settings = [*SETTINGS.values(), *WHOLE_ROWS.values()]
+    expected = [reply(cpu, ids(9, seed), 40, **each) for seed, each in enumerate(settings)]
+
+    def fed() -> np.ndarray:
+        with device.session() as session:
+            session.feed(ids(5, 77))
+            return np.stack([session.feed([token], logits=True)[0] for token in ids(40, 78)])
+
+    with cpu.session() as session:
+        session.feed(ids(5, 77))
+        logits = np.stack([session.feed([token], logits=True)[0] for token in ids(40, 78)])
+    *found, found_logits = beside_prompts(
+        device,
+        ids(500, 99),
+        [*(lambda s=seed, e=each: reply(device, ids(9, s), 40, **e) for seed, each in enumerate(settings)), fed],
+    )
+    assert found == expected
+    np.testing.assert_allclose(found_logits, logits, rtol=0, atol=1e-5)
+    assert device.stats.largest_step > 1
+    assert device.stats.best_rows == sum(map(len, found[: len(SETTINGS)]))
+
+
+def test_a_reply_goes_on_with_other_settings_from_the_same_logits(models, changed) -> None:
+    """Behind a reply that was cut off, one that came to its length, and one that ended by itself, whose last logits nobody has read."""
+
+    def talk(model: dm.Model) -> list[object]:
+        found: list[object] = []
+        with model.session() as session:
+            session.feed(ids(4))
+            for settings in ({}, {"temperature": 1.5, "seed": 5}, {"temperature": 1.5, "top_k": 9, "seed": 6}) * 4:
+                cut = session.generate(None, max_new_tokens=7, **settings)
+                next(cut, None)
+                whole = session.generate(None, max_new_tokens=3, **settings)
+                for _ in whole:
+                    pass
+                found += [*cut.token_ids, cut.stats.finish_reason, *whole.token_ids, whole.stats.finish_reason]
+            found.append(session.memory.tobytes())
+        return found
+
+    expected = talk(models[0])
+    assert talk(models[1]) == expected
+    # A word that came late is made the one that ends a reply.
+    word = [token for token in expected if isinstance(token, int)][9]
+    bundle = changed(eos=word)
+    expected = talk(load(bundle, device="cpu"))
+    assert "eos" in expected
+    assert talk(load(bundle, device=ON_DEVICE)) == expected
 
 
 def test_a_view_of_the_memory_outlives_its_session_and_never_changes(models) -> None:

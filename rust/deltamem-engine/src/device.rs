@@ -1,5 +1,5 @@
-//! Memory on the device that a graph runs on. It is allocated by ONNX Runtime, and copied, wiped and rearranged by small graphs of its own
-//! ([`graphs`]), so that nothing here calls CUDA and the same code runs on the processor, where tests hold it against plain memory. Nothing
+//! Memory on the device that a graph runs on. It is allocated by ONNX Runtime, and copied, wiped, rearranged and searched by small graphs of
+//! its own ([`graphs`]), so that nothing here calls CUDA and the same code runs on the processor, where tests hold it against plain memory. Nothing
 //! outside this file and [`crate::call`] has an address of it to follow. It knows bytes; it knows nothing of models, turns and states.
 
 mod graphs;
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
+use ort::value::TensorElementType;
 
 use self::provider::Provider;
 use crate::call::{Call, Tensor};
@@ -36,6 +37,20 @@ struct Moves {
     copy: Session,
     zero: Option<Session>,
     rows: Option<Session>,
+    best: Option<Session>,
+}
+
+/// The best of rows of logits, as they came down.
+#[derive(Debug)]
+pub(crate) struct Best {
+    /// How many of each row.
+    pub(crate) count: usize,
+    /// The logits, [rows, count].
+    pub(crate) logits: Vec<f32>,
+    /// Whose they are, [rows, count].
+    pub(crate) ids: Vec<i64>,
+    /// Whether anything in the row is NaN, so that it says nothing.
+    pub(crate) wrong: Vec<bool>,
 }
 
 /// Bytes on the device, aligned for every element type. What is in them at first is anything.
@@ -92,6 +107,7 @@ impl DeviceMemory {
                 copy,
                 zero: None,
                 rows: None,
+                best: None,
             }),
         });
         let sent = [7_u8; 8];
@@ -263,6 +279,49 @@ impl DeviceBuffer {
         call.input(graphs::SIZE, &size);
         call.output(graphs::TO, &mut to);
         call.run(session).map_err(|error| memory.provider.explain(error))
+    }
+}
+
+impl DeviceBuffer {
+    /// The `count` largest numbers of each of the first `rows` rows, float32 [rows, words], and whose they are. Which of those that equal the
+    /// last are among them is anybody's guess.
+    pub(crate) fn best(&self, rows: usize, words: usize, count: usize) -> Result<Best> {
+        let number = size_of::<f32>();
+        let shape = [rows, count];
+        let mut best = Best {
+            count,
+            logits: vec![0.0; rows * count],
+            ids: vec![0; rows * count],
+            wrong: Vec::new(),
+        };
+        let mut wrong = vec![0.0_f32; rows];
+        let logits = Tensor::device(
+            self,
+            0,
+            rows * words * number,
+            &[rows, words],
+            TensorElementType::Float32,
+            number,
+        )?;
+        let wanted = [i64::try_from(count).unwrap_or(i64::MAX)];
+        let wanted = Tensor::input(&wanted, &[1])?;
+        let mut values = Tensor::output(&mut best.logits, &shape)?;
+        let mut ids = Tensor::output(&mut best.ids, &shape)?;
+        let mut marks = Tensor::output(&mut wrong, &[rows])?;
+        let memory = &self.memory;
+        let mut moves = memory.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = opened(&mut moves.best, memory, graphs::best)?;
+        let mut call = Call::default();
+        call.input(graphs::LOGITS, &logits);
+        call.input(graphs::COUNT, &wanted);
+        call.output(graphs::VALUES, &mut values);
+        call.output(graphs::IDS, &mut ids);
+        call.output(graphs::WRONG, &mut marks);
+        call.run(session)
+            .map_err(|error| memory.provider.explain(error))?;
+        drop((values, ids, marks));
+        best.wrong = wrong.into_iter().map(|mark| mark > 0.0).collect();
+        Ok(best)
     }
 }
 

@@ -74,7 +74,7 @@ pub(crate) struct Run<'a> {
     /// What the corrections are multiplied by; other than 1 it takes the measured graph.
     pub(crate) strength: f32,
     /// Where the logits go, float32 [rows, vocab].
-    pub(crate) logits: &'a mut [f32],
+    pub(crate) logits: NumbersMut<'a>,
     /// What else is wanted; B is 1 then.
     pub(crate) measures: Measures<'a>,
 }
@@ -315,7 +315,11 @@ impl Graph {
             NumbersMut::Host(numbers) => Tensor::output(numbers, &memory_shape)?,
             NumbersMut::Device(buffer) => device_tensor(buffer, 0, &memory_shape)?,
         };
-        let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
+        let logits_shape = [self.rows.len(), model.vocab()];
+        let mut wanted = match logits {
+            NumbersMut::Host(numbers) => Tensor::output(numbers, &logits_shape)?,
+            NumbersMut::Device(buffer) => device_tensor(buffer, 0, &logits_shape)?,
+        };
         let (mut caches, mut states) = turn_tensors(turn, batch, manifest)?;
         let (position_ids, strengths, span_inputs);
         let (mut energies, mut queries, mut gates, mut present_spans);

@@ -15,6 +15,7 @@ pub mod generation;
 mod graph;
 pub mod health;
 mod kv;
+mod logits;
 pub mod memory;
 pub mod model;
 mod operator;

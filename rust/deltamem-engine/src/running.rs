@@ -5,11 +5,14 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
+use crate::device::{Best, DeviceBuffer};
 use crate::error::{EngineError, Result};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
+use crate::logits::Logits;
 use crate::memory::{Back, Gathered, Numbers, NumbersMut, Resident, State, held};
 use crate::model::Model;
 use crate::pool::{KvPool, Window};
+use crate::sampling::to_bring;
 use crate::schedule::Seat;
 use crate::turn::{Pooled, TurnCache, TurnTensors};
 
@@ -46,6 +49,8 @@ pub(crate) struct Counters {
     largest: AtomicU64,
     /// Runs of one session's chunk by itself.
     chunks: AtomicU64,
+    /// Rows of logits that stayed on the device, of which the best came down.
+    best: AtomicU64,
 }
 
 /// How many runs a model has made since it was loaded, and of what.
@@ -61,6 +66,8 @@ pub struct RunStats {
     pub largest_step: u64,
     /// Runs of one session by itself: chunks of prompts, and single tokens where the model takes no batches.
     pub chunks: u64,
+    /// Rows of logits that stayed on the device, because the next token depends on a few of the largest: only those came down.
+    pub best_rows: u64,
 }
 
 /// One chunk of one session: what it reads and where the results go.
@@ -71,8 +78,6 @@ pub(crate) struct Chunk<'a> {
     pub(crate) write: bool,
     /// The spans that this run gathers for or writes, in a span bundle.
     pub(crate) spans: Option<ChunkSpans<'a>>,
-    /// Whether every token's logits are wanted, or the last one's.
-    pub(crate) all_logits: bool,
     /// The state before, float32 [layers, heads, r, r].
     pub(crate) past_memory: &'a State,
     /// Where the state after goes.
@@ -81,10 +86,18 @@ pub(crate) struct Chunk<'a> {
     pub(crate) turn: &'a mut TurnCache,
     /// What the corrections are multiplied by; other than 1 it takes the measured graph.
     pub(crate) strength: f32,
-    /// Where the logits go, float32 [rows, vocab].
-    pub(crate) logits: &'a mut [f32],
+    /// Where the logits go.
+    pub(crate) logits: LogitsTo<'a>,
     /// What else is wanted.
     pub(crate) measures: Measures<'a>,
+}
+
+/// Where a chunk's logits go.
+pub(crate) enum LogitsTo<'a> {
+    /// Every token's, float32 [tokens, vocab].
+    All(&'a mut [f32]),
+    /// The last one's. On a device so many of the largest are enough, if it says so.
+    Last(&'a mut Logits, Option<usize>),
 }
 
 /// One session's token in a step. It owns what the run needs, because the thread of another session may run it.
@@ -96,8 +109,10 @@ pub(crate) struct Row {
     pub(crate) past_memory: State,
     /// Where the state after goes; nobody else holds it.
     pub(crate) present_memory: Back,
-    /// Where the logits go, float32 [vocab].
-    pub(crate) logits: Vec<f32>,
+    /// Where the logits go.
+    pub(crate) logits: Logits,
+    /// How many of the largest are enough, where they are on a device; none for all.
+    pub(crate) enough: Option<usize>,
     pub(crate) place: Pooled,
     /// What became of it.
     pub(crate) outcome: Outcome,
@@ -112,6 +127,28 @@ pub(crate) enum Outcome {
     Run,
     /// It was not, or failed.
     Failed(EngineError),
+}
+
+impl Steps {
+    /// The inputs of a window's rows; an idle slot reads anything and writes nothing.
+    fn fill(&mut self, window: &Window, at: &[usize], rows: &[Row]) {
+        self.tokens.clear();
+        self.past.clear();
+        self.write.clear();
+        self.rows.clear();
+        for (number, rider) in window.riders.iter().enumerate() {
+            self.past.push(rider.past);
+            if let Some(of) = rider.of {
+                let row = &rows[at[of]];
+                self.tokens.push(row.token);
+                self.write.push(row.write);
+                self.rows.push(i64::try_from(number).unwrap_or(i64::MAX));
+            } else {
+                self.tokens.push(0);
+                self.write.push(false);
+            }
+        }
+    }
 }
 
 impl Works {
@@ -148,29 +185,39 @@ impl Model {
             let past = chunk.turn.len();
             let state = chunk.past_memory.aligned()?;
             let turn = chunk.turn.tensors(pool, chunk.tokens.len())?;
+            let rows = match chunk.logits {
+                LogitsTo::All(_) => Rows::All,
+                LogitsTo::Last(..) => Rows::Last,
+            };
             let done =
                 chunk
                     .present_memory
                     .write(self.home(), self.geometry().elements(), |present_memory| {
-                        let run = Run {
-                            tokens: chunk.tokens,
-                            past: &[past],
-                            write: &[chunk.write],
-                            spans: chunk.spans,
-                            rows: if chunk.all_logits { Rows::All } else { Rows::Last },
-                            past_memory: state.numbers(),
-                            present_memory,
-                            turn,
-                            strength: chunk.strength,
-                            logits: chunk.logits,
-                            measures: chunk.measures,
+                        let run = |logits: NumbersMut<'_>| {
+                            let run = Run {
+                                tokens: chunk.tokens,
+                                past: &[past],
+                                write: &[chunk.write],
+                                spans: chunk.spans,
+                                rows,
+                                past_memory: state.numbers(),
+                                present_memory,
+                                turn,
+                                strength: chunk.strength,
+                                logits,
+                                measures: chunk.measures,
+                            };
+                            match measured {
+                                None => graph.run(self, run),
+                                Some(measured) => measured
+                                    .lock()
+                                    .unwrap_or_else(PoisonError::into_inner)
+                                    .run(self, run),
+                            }
                         };
-                        match measured {
-                            None => graph.run(self, run),
-                            Some(measured) => measured
-                                .lock()
-                                .unwrap_or_else(PoisonError::into_inner)
-                                .run(self, run),
+                        match chunk.logits {
+                            LogitsTo::All(all) => run(NumbersMut::Host(all)),
+                            LogitsTo::Last(last, enough) => self.last_logits(last, enough, run),
                         }
                     });
             works.clear_released(self);
@@ -225,22 +272,21 @@ impl Model {
 
     /// Runs the rows of a window at once. Where that fails each of them runs by itself, so that none pays for another.
     fn run_window(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) {
-        let indices = window.riders.iter().filter_map(|rider| rider.of).map(|of| at[of]);
         if window.riders.len() == 1 {
-            for index in indices {
+            for index in indices(window, at) {
                 self.run_one(works, &mut rows[index]);
             }
             return;
         }
         match self.run_together(works, window, at, rows) {
             Ok(()) => {
-                for index in indices {
+                for index in indices(window, at) {
                     rows[index].outcome = Outcome::Run;
                 }
             }
             Err(error) => {
                 let mut some = false;
-                for index in indices {
+                for index in indices(window, at) {
                     self.run_one(works, &mut rows[index]);
                     some |= matches!(rows[index].outcome, Outcome::Run);
                 }
@@ -259,22 +305,7 @@ impl Model {
         let Works { graph, pool, steps } = works;
         let (numbers, vocab) = (self.geometry().elements(), self.vocab());
         let batch = window.riders.len();
-        steps.tokens.clear();
-        steps.past.clear();
-        steps.write.clear();
-        steps.rows.clear();
-        for (number, rider) in window.riders.iter().enumerate() {
-            steps.past.push(rider.past);
-            if let Some(of) = rider.of {
-                let row = &rows[at[of]];
-                steps.tokens.push(row.token);
-                steps.write.push(row.write);
-                steps.rows.push(i64::try_from(number).unwrap_or(i64::MAX));
-            } else {
-                steps.tokens.push(0);
-                steps.write.push(false);
-            }
-        }
+        steps.fill(window, at, rows);
         let states: Vec<Option<&State>> = window
             .riders
             .iter()
@@ -303,7 +334,17 @@ impl Model {
                 (gathered.numbers(), NumbersMut::Device(buffer))
             }
         };
-        steps.logits.resize(steps.rows.len() * vocab, 0.0);
+        let enough = indices(window, at)
+            .filter_map(|index| rows[index].enough)
+            .max()
+            .and_then(|most| self.home().as_ref().map(|memory| (memory, to_bring(most, vocab))));
+        let mut away = None;
+        let logits = if let Some((memory, _)) = enough {
+            NumbersMut::Device(away.insert(memory.allocate(steps.rows.len() * vocab * size_of::<f32>())?))
+        } else {
+            steps.logits.resize(steps.rows.len() * vocab, 0.0);
+            NumbersMut::Host(&mut steps.logits)
+        };
         let (kv, shape) = pool.many(window);
         graph.run(
             self,
@@ -321,13 +362,21 @@ impl Model {
                     states: Vec::new(),
                 },
                 strength: 1.0,
-                logits: &mut steps.logits,
+                logits,
                 measures: Measures::default(),
             },
         )?;
+        let away = match (away, enough) {
+            (Some(buffer), Some((_, count))) => {
+                let best = buffer.best(steps.rows.len(), vocab, count)?;
+                Some((Arc::new(buffer), best))
+            }
+            _ => None,
+        };
+        // What may fail comes first: a row is as it was, or has all of the step.
+        self.hand_out(away.as_ref(), &steps.logits, indices(window, at), rows)?;
         self.counters.count(steps.rows.len(), batch);
         let step = step.map(Arc::new);
-        let mut logits = steps.logits.chunks_exact(vocab);
         for (number, rider) in window.riders.iter().enumerate() {
             let Some(of) = rider.of else { continue };
             let row = &mut rows[at[of]];
@@ -343,10 +392,52 @@ impl Model {
                 }
                 _ => return Err(held()),
             }
-            if let Some(logits) = logits.next() {
-                row.logits.copy_from_slice(logits);
+        }
+        Ok(())
+    }
+
+    /// Gives each row of a step its logits: those on the host, or the best of those on the device, or all of them from there.
+    fn hand_out(
+        &self,
+        away: Option<&(Arc<DeviceBuffer>, Best)>,
+        all: &[f32],
+        indices: impl Iterator<Item = usize>,
+        rows: &mut [Row],
+    ) -> Result<()> {
+        let vocab = self.vocab();
+        for (number, index) in indices.enumerate() {
+            let Row { logits, enough, .. } = &mut rows[index];
+            match (away, enough) {
+                (Some((buffer, best)), Some(_)) => {
+                    logits.stay(buffer, number, vocab, best);
+                    self.counters.best.fetch_add(1, Ordering::Relaxed);
+                }
+                (Some((buffer, _)), None) => buffer.download(
+                    number * vocab * size_of::<f32>(),
+                    bytemuck::cast_slice_mut(logits.room(vocab)),
+                )?,
+                (None, _) => logits.set(&all[number * vocab..][..vocab]),
             }
         }
+        Ok(())
+    }
+
+    /// Has a run of one session leave its last token's logits, where `enough` says of them: `run` is given the place.
+    fn last_logits(
+        &self,
+        logits: &mut Logits,
+        enough: Option<usize>,
+        run: impl FnOnce(NumbersMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let vocab = self.vocab();
+        let (Some(most), Some(memory)) = (enough, self.home()) else {
+            return run(NumbersMut::Host(logits.room(vocab)));
+        };
+        let mut buffer = memory.allocate(vocab * size_of::<f32>())?;
+        run(NumbersMut::Device(&mut buffer))?;
+        let best = buffer.best(1, vocab, to_bring(most, vocab))?;
+        logits.stay(&Arc::new(buffer), 0, vocab, &best);
+        self.counters.best.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -366,22 +457,24 @@ impl Model {
         let state = row.past_memory.aligned()?;
         row.present_memory
             .write(self.home(), self.geometry().elements(), |present_memory| {
-                graph.run(
-                    self,
-                    Run {
-                        tokens: &[row.token],
-                        past: &[past],
-                        write: &[row.write],
-                        spans: None,
-                        rows: Rows::Last,
-                        past_memory: state.numbers(),
-                        present_memory,
-                        turn,
-                        strength: 1.0,
-                        logits: &mut row.logits,
-                        measures: Measures::default(),
-                    },
-                )
+                self.last_logits(&mut row.logits, row.enough, |logits| {
+                    graph.run(
+                        self,
+                        Run {
+                            tokens: &[row.token],
+                            past: &[past],
+                            write: &[row.write],
+                            spans: None,
+                            rows: Rows::Last,
+                            past_memory: state.numbers(),
+                            present_memory,
+                            turn,
+                            strength: 1.0,
+                            logits,
+                            measures: Measures::default(),
+                        },
+                    )
+                })
             })
     }
 
@@ -394,8 +487,14 @@ impl Model {
             idle_rows: of(&self.counters.idle),
             largest_step: of(&self.counters.largest),
             chunks: of(&self.counters.chunks),
+            best_rows: of(&self.counters.best),
         }
     }
+}
+
+/// The rows of a step that a window's turns are, in its order.
+fn indices<'a>(window: &'a Window, at: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
+    window.riders.iter().filter_map(|rider| rider.of).map(|of| at[of])
 }
 
 impl Counters {

@@ -485,10 +485,22 @@ impl ModelStats {
         self.0.chunks
     }
 
+    /// Tokens whose logits stayed on the card, because the choice of the next one depends on a few of the largest: only those came down.
+    /// 0 on the CPU, where nothing has to.
+    #[getter]
+    fn best_rows(&self) -> u64 {
+        self.0.best_rows
+    }
+
     fn __repr__(&self) -> String {
         format!(
-            "ModelStats(steps={}, step_tokens={}, largest_step={}, idle_rows={}, chunks={})",
-            self.0.steps, self.0.step_tokens, self.0.largest_step, self.0.idle_rows, self.0.chunks
+            "ModelStats(steps={}, step_tokens={}, largest_step={}, idle_rows={}, chunks={}, best_rows={})",
+            self.0.steps,
+            self.0.step_tokens,
+            self.0.largest_step,
+            self.0.idle_rows,
+            self.0.chunks,
+            self.0.best_rows
         )
     }
 }

@@ -1,6 +1,6 @@
-//! Three small ONNX graphs that move memory where it lies: a copy, zeros, and rows into groups of another size. They are written here, byte by
-//! byte in ONNX's own format, because they are shorter than what would read them from a file. All count in int32, so that no number is looked
-//! at; each operator in them has a kernel for the processor and for CUDA.
+//! Four small ONNX graphs that work on memory where it lies: a copy, zeros, rows into groups of another size, and the best of rows of logits.
+//! They are written here, byte by byte in ONNX's own format, because they are shorter than what would read them from a file. Those that move
+//! count in int32, so that no number is looked at; each operator in them has a kernel for the processor and for CUDA.
 
 use std::ffi::CStr;
 
@@ -12,14 +12,26 @@ pub(crate) const TAKE: &CStr = c"take";
 pub(crate) const SIZE: &CStr = c"size";
 /// Where it goes.
 pub(crate) const TO: &CStr = c"to";
+/// Rows of numbers, float32 [rows, words].
+pub(crate) const LOGITS: &CStr = c"logits";
+/// How many of each row, int64 [1].
+pub(crate) const COUNT: &CStr = c"count";
+/// The largest of each row, float32 [rows, count].
+pub(crate) const VALUES: &CStr = c"values";
+/// Their places in it, int64 [rows, count].
+pub(crate) const IDS: &CStr = c"ids";
+/// 1 where a row has a number that is none, else 0; float32 [rows].
+pub(crate) const WRONG: &CStr = c"wrong";
 
 /// ONNX's numbers for the element types.
+const FLOAT: u64 = 1;
 const INT32: u64 = 6;
 const INT64: u64 = 7;
 
-/// ONNX's number for an attribute that is a tensor, and one that is an integer.
-const TENSOR: u64 = 4;
+/// ONNX's numbers for an attribute that is an integer, a tensor, and several integers.
 const INT: u64 = 2;
+const TENSOR: u64 = 4;
+const INTS: u64 = 7;
 
 /// The format's version that opset 17 came with, which every ONNX Runtime reads that the engine takes.
 const IR_VERSION: u64 = 8;
@@ -31,7 +43,7 @@ pub(crate) fn copy() -> Vec<u8> {
         &[node("Identity", &["from"], "to", &[])],
         &[],
         &[value("from", INT32, &["n"])],
-        &value("to", INT32, &["n"]),
+        &[value("to", INT32, &["n"])],
     )
 }
 
@@ -41,7 +53,7 @@ pub(crate) fn zero() -> Vec<u8> {
         &[zeros("to")],
         &[],
         &[value("size", INT64, &["1"])],
-        &value("to", INT32, &["n"]),
+        &[value("to", INT32, &["n"])],
     )
 }
 
@@ -59,7 +71,35 @@ pub(crate) fn rows() -> Vec<u8> {
             value("take", INT64, &["1"]),
             value("size", INT64, &["3"]),
         ],
-        &value("to", INT32, &["groups", "to_rows", "row"]),
+        &[value("to", INT32, &["groups", "to_rows", "row"])],
+    )
+}
+
+/// `values` and `ids` = the `count` largest numbers of each row of `logits`, `wrong` = whether one of the row is NaN: what is the largest then
+/// is anybody's guess. Which of equal numbers at the border are taken is left to the operator: CUDA's takes them as its threads find them.
+pub(crate) fn best() -> Vec<u8> {
+    model(
+        &[
+            operator("TopK", &["logits", "count"], &["values", "ids"], &[]),
+            node("IsNaN", &["logits"], "nan", &[]),
+            node("Cast", &["nan"], "ones", &[integer("to", FLOAT)]),
+            node(
+                "ReduceMax",
+                &["ones"],
+                "wrong",
+                &[integers("axes", &[1]), integer("keepdims", 0)],
+            ),
+        ],
+        &[],
+        &[
+            value("logits", FLOAT, &["rows", "words"]),
+            value("count", INT64, &["1"]),
+        ],
+        &[
+            value("values", FLOAT, &["rows", "k"]),
+            value("ids", INT64, &["rows", "k"]),
+            value("wrong", FLOAT, &["rows"]),
+        ],
     )
 }
 
@@ -71,7 +111,7 @@ fn zeros(to: &str) -> Vec<u8> {
 }
 
 /// A `ModelProto`.
-fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &[u8]) -> Vec<u8> {
+fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], outputs: &[Vec<u8>]) -> Vec<u8> {
     let mut graph = Vec::new();
     for node in nodes {
         graph.extend(bytes(1, node));
@@ -83,7 +123,9 @@ fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &
     for input in inputs {
         graph.extend(bytes(11, input));
     }
-    graph.extend(bytes(12, output));
+    for output in outputs {
+        graph.extend(bytes(12, output));
+    }
     let mut opset = text(1, "");
     opset.extend(number(2, OPSET));
     let mut model = number(1, IR_VERSION);
@@ -92,15 +134,22 @@ fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &
     model
 }
 
-/// A `NodeProto`, named for its output.
-fn node(operator: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
+/// A `NodeProto` with one output.
+fn node(kind: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
+    operator(kind, inputs, &[output], attributes)
+}
+
+/// A `NodeProto`, named for what it does.
+fn operator(kind: &str, inputs: &[&str], outputs: &[&str], attributes: &[Vec<u8>]) -> Vec<u8> {
     let mut node = Vec::new();
     for input in inputs {
         node.extend(text(1, input));
     }
-    node.extend(text(2, output));
-    node.extend(text(3, output));
-    node.extend(text(4, operator));
+    for output in outputs {
+        node.extend(text(2, output));
+    }
+    node.extend(text(3, kind));
+    node.extend(text(4, kind));
     for attribute in attributes {
         node.extend(bytes(5, attribute));
     }
@@ -112,6 +161,16 @@ fn integer(name: &str, value: u64) -> Vec<u8> {
     let mut attribute = text(1, name);
     attribute.extend(number(3, value));
     attribute.extend(number(20, INT));
+    attribute
+}
+
+/// An `AttributeProto` with integers.
+fn integers(name: &str, values: &[u64]) -> Vec<u8> {
+    let mut attribute = text(1, name);
+    for &value in values {
+        attribute.extend(number(8, value));
+    }
+    attribute.extend(number(20, INTS));
     attribute
 }
 

@@ -253,7 +253,7 @@ def changed(golden_case, tmp_path_factory) -> Callable[..., Path]:
 
     from deltamem_export.bundle import export_bundle
 
-    def bundle(period: int = 256, eos: int = 2) -> Path:
+    def bundle(period: int = 256, eos: int = 2, precision: str = "fp32") -> Path:
         source, made = golden_case("qwen3_tsw_qo"), tmp_path_factory.mktemp("changed")
         shutil.copytree(source / "backbone", made / "backbone")
         weights = made / "backbone" / "model.safetensors"
@@ -263,7 +263,7 @@ def changed(golden_case, tmp_path_factory) -> Callable[..., Path]:
         save_file(tensors, weights, metadata={"format": "pt"})
         for config in (made / "backbone").glob("*config.json"):
             config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": eos}))
-        return export_bundle(made / "backbone", source / "adapter", made / "bundle", "fp32", say=lambda _: None)
+        return export_bundle(made / "backbone", source / "adapter", made / "bundle", precision, say=lambda _: None)
 
     return bundle
 
@@ -348,6 +348,88 @@ def test_a_reply_goes_on_with_other_settings_from_the_same_logits(models, change
     expected = talk(load(bundle, device="cpu"))
     assert "eos" in expected
     assert talk(load(bundle, device=ON_DEVICE)) == expected
+
+
+# steps that a card captures as CUDA graphs: the same shapes and addresses step by step
+
+
+@pytest.mark.parametrize(
+    ("case", "precision"), [*((case, "fp32") for case in CASES), *(("qwen3_tsw_qo", p) for p in ("fp16", "int4"))]
+)
+def test_steps_of_fixed_shapes_are_the_same(case: str, precision: str, parity_bundle) -> None:
+    """Masks padded to the cache's capacity, over a cache that grows, prompts in between, turns and a restored state."""
+
+    def talk(model: dm.Model) -> list[object]:
+        found: list[object] = []
+        with model.session() as session:
+            for turn, count in enumerate((5, 230)):
+                session.feed(ids(count, turn))
+                found += [session.feed([token], logits=True) for token in ids(40, 10 + turn)]
+                found.append(session.memory)
+                session.feed(ids(70, 20 + turn), write=turn == 0)
+                for settings in (
+                    {},
+                    {"temperature": 1.2, "top_k": 5, "seed": turn},
+                    {"temperature": 0.9, "seed": turn},
+                ):
+                    pieces = session.generate(None, max_new_tokens=12, **settings)
+                    found.append([token for _ in pieces for token in pieces.token_ids])
+                session.end_turn()
+            session.restore(dm.Snapshot.from_bytes(session.snapshot().to_bytes()))
+            found += [session.feed([token], logits=True) for token in ids(6, 30)]
+            found.append(session.memory)
+        return found
+
+    bundle = parity_bundle(case, precision)
+    captures = load(bundle, device=ON_DEVICE, cuda_graphs=True)
+    assert captures.uncaptured is None
+    for found, expected in zip(talk(captures), talk(load(bundle, device="cpu")), strict=True):
+        same(found, expected)
+    stats = captures.stats
+    # The first token of the restored state reads it from the host, and is like no other.
+    assert stats.captured_steps == stats.steps - 1 > 120
+    assert stats.cuda_graphs < stats.captured_steps / 4, "few sets of addresses come again and again"
+
+
+def test_many_sessions_in_captured_steps(parity_bundle) -> None:
+    bundle = parity_bundle("qwen3_tsw_qo")
+    captures, cpu = load(bundle, device=ON_DEVICE, cuda_graphs=True), load(bundle, device="cpu", max_batch=1)
+
+    def talk(model: dm.Model, seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        with model.session() as session:
+            session.feed(ids(10 + 40 * seed, seed))
+            logits = [session.feed([token], logits=True)[0] for token in ids(30 + 5 * (seed % 3), seed + 100)]
+            pieces = session.generate(None, max_new_tokens=20, temperature=0.7, top_k=6, seed=seed)
+            for _ in pieces:
+                pass
+            return np.stack(logits), session.memory, pieces.token_ids
+
+    found = beside_prompts(captures, ids(500, 99), [lambda s=seed: talk(captures, s) for seed in range(8)])
+    for seed, (logits, memory, tokens) in enumerate(found):
+        expected_logits, expected_memory, expected_tokens = talk(cpu, seed)
+        np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(memory, expected_memory, rtol=0, atol=1e-5)
+        assert tokens == expected_tokens
+    stats = captures.stats
+    assert stats.largest_step > 1
+    assert 0 < stats.captured_steps <= stats.steps
+    assert stats.cuda_graphs <= 64
+    assert captures.uncaptured is None
+
+
+def test_cuda_graphs_where_there_can_be_none(models, golden_case, tmp_path: Path) -> None:
+    from deltamem_export.bundle import export_bundle
+    from deltamem_export.precision import Precision
+
+    with pytest.raises(ValueError, match=r"cuda_graphs=True with device='cpu', expected a card"):
+        load(models[0].path, device="cpu", cuda_graphs=True)
+    assert models[1].uncaptured == "cuda_graphs was not asked for"
+    if not answers():
+        assert load(models[0].path, cuda_graphs=True).uncaptured == "the graph runs on the CPU"
+    source, precision = golden_case("qwen3_tsw_qo"), Precision("fp32", device="cuda")
+    apart = export_bundle(source / "backbone", source / "adapter", tmp_path / "apart", precision, say=lambda _: None)
+    with pytest.raises(dm.DeltaMemError, match=r"past and present keys and values apart .* leave cuda_graphs out"):
+        load(apart, device=ON_DEVICE, cuda_graphs=True)
 
 
 def test_a_view_of_the_memory_outlives_its_session_and_never_changes(models) -> None:
@@ -557,3 +639,50 @@ def test_out_of_memory_takes_nothing_away(card) -> None:
             held.clear()
             torch.cuda.empty_cache()
         session.feed(ids(5, 2))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("settings", [*SETTINGS, *WHOLE_ROWS])
+def test_on_a_card_the_best_logits_are_those_of_the_whole_row(settings: str, card) -> None:
+    """Held against the card's own logits, so that the rounding of its products plays no part."""
+    model, chosen = card[1], (SETTINGS | WHOLE_ROWS)[settings]
+    before = model.stats.best_rows
+    tokens = reply(model, ids(9), 40, **chosen)
+    assert model.stats.best_rows - before == (len(tokens) if settings in SETTINGS else 0)
+    if settings != "greedy":
+        return
+    with model.session() as session:
+        logits = session.feed(ids(9), logits=True)[-1]
+        for token in tokens[:-1]:
+            # A near tie may fall to the other side in another run of the same card, by no more than its rounding.
+            assert logits.max() - logits[token] < 1e-3
+            logits = session.feed([token], logits=True)[0]
+
+
+@pytest.mark.cuda
+def test_a_card_chooses_the_lowest_of_equal_logits(card, changed) -> None:
+    model = load(changed(period=8, precision="fp16"), device="cuda")
+    for top_k in (1, 2, 5):
+        tokens = reply(model, ids(6), 30, temperature=1.5, top_k=top_k, seed=top_k)
+        # Of thirty-two equal ones the first few are in play, never others.
+        assert max(tokens) < 8 * top_k
+    assert max(reply(model, ids(6), 30)) < 8
+
+
+@pytest.mark.cuda
+def test_a_card_replays_what_it_computes(card) -> None:
+    captures = load(card[0].path, device="cuda", cuda_graphs=True)
+    assert captures.uncaptured is None
+    found = []
+    for model in (card[1], captures):
+        with model.session() as session:
+            session.feed(ids(200))
+            for token in ids(120, 1):
+                found.append(session.feed([token], logits=True))
+            found.append(session.memory)
+    half = len(found) // 2
+    for plain, replayed in zip(found[:half], found[half:], strict=True):
+        assert_close("replayed", replayed, plain, 2e-3)
+    assert captures.uncaptured is None, "a step that could not be captured says why here"
+    assert captures.stats.captured_steps == 120
+    assert captures.stats.cuda_graphs < 60

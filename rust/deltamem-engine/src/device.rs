@@ -13,6 +13,7 @@ use ort::session::Session;
 use ort::value::TensorElementType;
 
 use self::provider::Provider;
+use crate::buffer::zeroed_words;
 use crate::call::{Call, Tensor};
 use crate::error::{EngineError, Result};
 use crate::runtime::Runtime;
@@ -20,14 +21,19 @@ use crate::runtime::Runtime;
 /// What the small graphs count in: every size here is a multiple of it.
 pub(crate) const WORD: usize = size_of::<i32>();
 
+/// What room on the host is a multiple of, so that what grows a little at a time seldom moves.
+const PAGE: usize = 4096;
+
 /// One device's memory. Its buffers keep it alive.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     provider: Provider,
     runtime: &'static Runtime,
     info: MemoryInfo<'static>,
-    // Before the sessions: the allocator is that of the copying one, and must go first.
+    // Before the sessions: the allocators are those of the copying one, and must go first.
     allocator: Mutex<Allocator>,
+    /// The host's memory that the device reads and writes by itself, where ONNX Runtime has any.
+    pinned: Option<Mutex<Allocator>>,
     moves: Mutex<Moves>,
 }
 
@@ -69,6 +75,25 @@ unsafe impl Send for DeviceBuffer {}
 #[allow(unsafe_code)]
 unsafe impl Sync for DeviceBuffer {}
 
+/// Bytes on the host for what goes to the device and comes from it step by step: such as the device reads and writes by itself while others go
+/// on (pinned), where there are any; else plain ones, which are copied once more on their way and waited for. Aligned for every element type.
+#[derive(Debug)]
+pub(crate) enum Staging {
+    Plain(Vec<u64>),
+    Pinned {
+        address: NonNull<u64>,
+        words: usize,
+        memory: Arc<DeviceMemory>,
+    },
+}
+
+// SAFETY: memory of the host that nobody else has the address of, which is freed on any thread.
+#[allow(unsafe_code)]
+unsafe impl Send for Staging {}
+// SAFETY: as above; it is written through exclusive borrows only.
+#[allow(unsafe_code)]
+unsafe impl Sync for Staging {}
+
 /// Rows of groups that lie one behind the other, [groups, rows, row], of which the first `used` of each group are moved into groups of
 /// `to` rows; the rows behind them become zero.
 #[derive(Debug, Clone, Copy)]
@@ -98,11 +123,23 @@ impl DeviceMemory {
         let allocator = Allocator::new(&copy, info.to_owned())
             .map_err(EngineError::onnx("asking for the device's memory"))
             .map_err(|error| provider.explain(error))?;
+        let pinned = match provider {
+            Provider::Cuda { .. } => MemoryInfo::new(
+                AllocationDevice::CUDA_PINNED,
+                id,
+                AllocatorType::Device,
+                MemoryType::CPUOutput,
+            ),
+            // Where the processor plays the device all of its memory is.
+            Provider::Host => Ok(info.to_owned()),
+        };
+        let pinned = pinned.and_then(|info| Allocator::new(&copy, info)).ok();
         let memory = Arc::new(Self {
             provider,
             runtime,
             info,
             allocator: Mutex::new(allocator),
+            pinned: pinned.map(Mutex::new),
             moves: Mutex::new(Moves {
                 copy,
                 zero: None,
@@ -156,6 +193,47 @@ impl DeviceMemory {
         })
     }
 
+    /// At least `bytes` bytes of the host for what moves step by step, all zero. The host's own where the device has none, or no more.
+    pub(crate) fn staging(self: &Arc<Self>, bytes: usize) -> Result<Staging> {
+        let words = bytes.div_ceil(size_of::<u64>());
+        if words > 0
+            && let Some(pinned) = &self.pinned
+        {
+            let address = pinned
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .alloc::<u64>(words)
+                .map(|block| block.into_raw().cast::<u64>());
+            if let Some(address) = address.ok().and_then(NonNull::new) {
+                return Ok(Staging::zeroed(address, words, Arc::clone(self)));
+            }
+        }
+        zeroed_words(words).map(Staging::Plain)
+    }
+
+    /// What is kept in `kept` for what moves step by step, or something larger in its place.
+    pub(crate) fn room<'s>(
+        self: &Arc<Self>,
+        kept: &'s mut Option<Staging>,
+        bytes: usize,
+    ) -> Result<&'s mut Staging> {
+        if kept.as_ref().is_none_or(|staging| staging.len() < bytes) {
+            *kept = Some(self.staging(bytes.next_multiple_of(PAGE))?);
+        }
+        kept.as_mut().ok_or_else(|| in_words(bytes))
+    }
+
+    /// Does `work` while nobody else allocates, frees or moves anything here: calls that CUDA forbids while a run is captured.
+    pub(crate) fn quietly<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let _allocator = self.allocator.lock().unwrap_or_else(PoisonError::into_inner);
+        let _pinned = self
+            .pinned
+            .as_ref()
+            .map(|pinned| pinned.lock().unwrap_or_else(PoisonError::into_inner));
+        work()
+    }
+
     /// Runs the graph that copies.
     fn copy<'a>(&self, from: &Tensor<'a>, to: &mut Tensor<'a>) -> Result<()> {
         let mut moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
@@ -164,6 +242,59 @@ impl DeviceMemory {
         call.output(graphs::TO, to);
         call.run(&mut moves.copy)
             .map_err(|error| self.provider.explain(error))
+    }
+}
+
+impl Staging {
+    #[allow(unsafe_code)]
+    fn zeroed(address: NonNull<u64>, words: usize, memory: Arc<DeviceMemory>) -> Self {
+        // SAFETY: the block was allocated for so many words a moment ago, at an address that is aligned for them as all of the host's allocations
+        // are, and nobody else has it.
+        unsafe { address.write_bytes(0, words) };
+        Self::Pinned {
+            address,
+            words,
+            memory,
+        }
+    }
+
+    /// All of it.
+    #[allow(unsafe_code)]
+    pub(crate) fn words_mut(&mut self) -> &mut [u64] {
+        match self {
+            Self::Plain(words) => words,
+            // SAFETY: `words` words at `address` belong to this value, are initialised since it was made, and are borrowed as exclusively as it.
+            Self::Pinned { address, words, .. } => unsafe {
+                std::slice::from_raw_parts_mut(address.as_ptr(), *words)
+            },
+        }
+    }
+
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Plain(words) => size_of_val(words.as_slice()),
+            Self::Pinned { words, .. } => words * size_of::<u64>(),
+        }
+    }
+
+    /// The first `count` numbers of it.
+    pub(crate) fn floats_mut(&mut self, count: usize) -> &mut [f32] {
+        &mut bytemuck::cast_slice_mut(self.words_mut())[..count]
+    }
+}
+
+impl Drop for Staging {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if let Self::Pinned { address, memory, .. } = self
+            && let Some(pinned) = &memory.pinned
+        {
+            let pinned = pinned.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the address came from this allocator in `DeviceMemory::staging` and is given back once; a run that used it is over, as
+            // it borrowed it.
+            unsafe { pinned.free(address.as_ptr()) }
+        }
     }
 }
 
@@ -284,17 +415,16 @@ impl DeviceBuffer {
 
 impl DeviceBuffer {
     /// The `count` largest numbers of each of the first `rows` rows, float32 [rows, words], and whose they are. Which of those that equal the
-    /// last are among them is anybody's guess.
-    pub(crate) fn best(&self, rows: usize, words: usize, count: usize) -> Result<Best> {
+    /// last are among them is anybody's guess. They come down through `staging`.
+    pub(crate) fn best(
+        &self,
+        rows: usize,
+        words: usize,
+        count: usize,
+        staging: &mut Option<Staging>,
+    ) -> Result<Best> {
         let number = size_of::<f32>();
         let shape = [rows, count];
-        let mut best = Best {
-            count,
-            logits: vec![0.0; rows * count],
-            ids: vec![0; rows * count],
-            wrong: Vec::new(),
-        };
-        let mut wrong = vec![0.0_f32; rows];
         let logits = Tensor::device(
             self,
             0,
@@ -305,23 +435,35 @@ impl DeviceBuffer {
         )?;
         let wanted = [i64::try_from(count).unwrap_or(i64::MAX)];
         let wanted = Tensor::input(&wanted, &[1])?;
-        let mut values = Tensor::output(&mut best.logits, &shape)?;
-        let mut ids = Tensor::output(&mut best.ids, &shape)?;
-        let mut marks = Tensor::output(&mut wrong, &[rows])?;
         let memory = &self.memory;
+        // Ids first, which are the longest numbers.
+        let room = rows * count * size_of::<i64>() + (rows * count + rows) * number;
+        let staging = memory.room(staging, room)?;
         let mut moves = memory.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let (ids, floats) = staging.words_mut().split_at_mut(rows * count);
+        let ids: &mut [i64] = bytemuck::cast_slice_mut(ids);
+        let (values, floats) = bytemuck::cast_slice_mut::<u64, f32>(floats).split_at_mut(rows * count);
+        let wrong = &mut floats[..rows];
+        let mut to_values = Tensor::output(values, &shape)?;
+        let mut to_ids = Tensor::output(ids, &shape)?;
+        let mut to_wrong = Tensor::output(wrong, &[rows])?;
         let session = opened(&mut moves.best, memory, graphs::best)?;
         let mut call = Call::default();
         call.input(graphs::LOGITS, &logits);
         call.input(graphs::COUNT, &wanted);
-        call.output(graphs::VALUES, &mut values);
-        call.output(graphs::IDS, &mut ids);
-        call.output(graphs::WRONG, &mut marks);
+        call.output(graphs::VALUES, &mut to_values);
+        call.output(graphs::IDS, &mut to_ids);
+        call.output(graphs::WRONG, &mut to_wrong);
         call.run(session)
             .map_err(|error| memory.provider.explain(error))?;
-        drop((values, ids, marks));
-        best.wrong = wrong.into_iter().map(|mark| mark > 0.0).collect();
-        Ok(best)
+        drop(call);
+        drop((to_values, to_ids, to_wrong));
+        Ok(Best {
+            count,
+            logits: values.to_vec(),
+            ids: ids.to_vec(),
+            wrong: wrong.iter().map(|&mark| mark > 0.0).collect(),
+        })
     }
 }
 

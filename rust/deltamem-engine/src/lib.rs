@@ -9,6 +9,7 @@
 mod buffer;
 pub mod bundle;
 mod call;
+mod captures;
 mod device;
 pub mod error;
 pub mod generation;

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
-use crate::device::{Best, DeviceBuffer};
+use crate::device::{Best, DeviceBuffer, Staging};
 use crate::error::{EngineError, Result};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
 use crate::logits::Logits;
@@ -22,6 +22,16 @@ pub(crate) struct Works {
     pub(crate) graph: Graph,
     pub(crate) pool: KvPool,
     steps: Steps,
+    comings: Comings,
+}
+
+/// Where logits come down from a device.
+#[derive(Debug, Default)]
+struct Comings {
+    /// Whole rows of them.
+    rows: Option<Staging>,
+    /// The best of them.
+    best: Option<Staging>,
 }
 
 /// The inputs and outputs of a step of several rows, kept from step to step.
@@ -51,6 +61,10 @@ pub(crate) struct Counters {
     chunks: AtomicU64,
     /// Rows of logits that stayed on the device, of which the best came down.
     best: AtomicU64,
+    /// Runs that were captures or replays.
+    captured: AtomicU64,
+    /// Captures.
+    captures: AtomicU64,
 }
 
 /// How many runs a model has made since it was loaded, and of what.
@@ -68,6 +82,10 @@ pub struct RunStats {
     pub chunks: u64,
     /// Rows of logits that stayed on the device, because the next token depends on a few of the largest: only those came down.
     pub best_rows: u64,
+    /// Steps that were captured as CUDA graphs, or replayed.
+    pub captured_steps: u64,
+    /// CUDA graphs that were captured for them.
+    pub cuda_graphs: u64,
 }
 
 /// One chunk of one session: what it reads and where the results go.
@@ -157,6 +175,7 @@ impl Works {
             graph,
             pool,
             steps: Steps::default(),
+            comings: Comings::default(),
         }
     }
 
@@ -181,7 +200,9 @@ impl Model {
             self.counters.chunks.fetch_add(1, Ordering::Relaxed);
             let mut works = self.works.lock();
             works.clear_released(self);
-            let Works { graph, pool, .. } = &mut *works;
+            let Works {
+                graph, pool, comings, ..
+            } = &mut *works;
             let past = chunk.turn.len();
             let state = chunk.past_memory.aligned()?;
             let turn = chunk.turn.tensors(pool, chunk.tokens.len())?;
@@ -217,7 +238,7 @@ impl Model {
                         };
                         match chunk.logits {
                             LogitsTo::All(all) => run(NumbersMut::Host(all)),
-                            LogitsTo::Last(last, enough) => self.last_logits(last, enough, run),
+                            LogitsTo::Last(last, enough) => self.last_logits(last, enough, comings, run),
                         }
                     });
             works.clear_released(self);
@@ -302,7 +323,12 @@ impl Model {
     }
 
     fn run_together(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) -> Result<()> {
-        let Works { graph, pool, steps } = works;
+        let Works {
+            graph,
+            pool,
+            steps,
+            comings,
+        } = works;
         let (numbers, vocab) = (self.geometry().elements(), self.vocab());
         let batch = window.riders.len();
         steps.fill(window, at, rows);
@@ -339,11 +365,20 @@ impl Model {
             .max()
             .and_then(|most| self.home().as_ref().map(|memory| (memory, to_bring(most, vocab))));
         let mut away = None;
-        let logits = if let Some((memory, _)) = enough {
-            NumbersMut::Device(away.insert(memory.allocate(steps.rows.len() * vocab * size_of::<f32>())?))
-        } else {
-            steps.logits.resize(steps.rows.len() * vocab, 0.0);
-            NumbersMut::Host(&mut steps.logits)
+        let count = steps.rows.len() * vocab;
+        let logits = match (enough, self.home()) {
+            (Some((memory, _)), _) => {
+                NumbersMut::Device(away.insert(memory.allocate(count * size_of::<f32>())?))
+            }
+            (None, Some(memory)) => NumbersMut::Host(
+                memory
+                    .room(&mut comings.rows, count * size_of::<f32>())?
+                    .floats_mut(count),
+            ),
+            (None, None) => {
+                steps.logits.resize(count, 0.0);
+                NumbersMut::Host(&mut steps.logits)
+            }
         };
         let (kv, shape) = pool.many(window);
         graph.run(
@@ -368,32 +403,20 @@ impl Model {
         )?;
         let away = match (away, enough) {
             (Some(buffer), Some((_, count))) => {
-                let best = buffer.best(steps.rows.len(), vocab, count)?;
+                let best = buffer.best(steps.rows.len(), vocab, count, &mut comings.best)?;
                 Some((Arc::new(buffer), best))
             }
             _ => None,
         };
         // What may fail comes first: a row is as it was, or has all of the step.
-        self.hand_out(away.as_ref(), &steps.logits, indices(window, at), rows)?;
+        let all = match (&mut comings.rows, self.home()) {
+            (Some(staging), Some(_)) if away.is_none() => staging.floats_mut(steps.rows.len() * vocab),
+            _ => &mut steps.logits[..],
+        };
+        self.hand_out(away.as_ref(), all, indices(window, at), rows)?;
         self.counters.count(steps.rows.len(), batch);
         let step = step.map(Arc::new);
-        for (number, rider) in window.riders.iter().enumerate() {
-            let Some(of) = rider.of else { continue };
-            let row = &mut rows[at[of]];
-            let start = number * numbers;
-            match (&mut row.present_memory, &step) {
-                (Back::Host(view), None) => Arc::get_mut(view)
-                    .ok_or_else(held)?
-                    .copy_from_slice(&steps.present_memory[start..][..numbers]),
-                // Where the step has written it is where the next one reads it.
-                (Back::Device(state), Some(buffer)) => {
-                    let state_bytes = start * size_of::<f32>();
-                    *state = Some(Arc::new(Resident::new(Arc::clone(buffer), state_bytes, numbers)));
-                }
-                _ => return Err(held()),
-            }
-        }
-        Ok(())
+        leave_states(window, at, rows, step.as_ref(), &steps.present_memory, numbers)
     }
 
     /// Gives each row of a step its logits: those on the host, or the best of those on the device, or all of them from there.
@@ -427,15 +450,24 @@ impl Model {
         &self,
         logits: &mut Logits,
         enough: Option<usize>,
+        comings: &mut Comings,
         run: impl FnOnce(NumbersMut<'_>) -> Result<()>,
     ) -> Result<()> {
         let vocab = self.vocab();
-        let (Some(most), Some(memory)) = (enough, self.home()) else {
+        let Some(memory) = self.home() else {
             return run(NumbersMut::Host(logits.room(vocab)));
+        };
+        let Some(most) = enough else {
+            let room = memory
+                .room(&mut comings.rows, vocab * size_of::<f32>())?
+                .floats_mut(vocab);
+            run(NumbersMut::Host(room))?;
+            logits.set(room);
+            return Ok(());
         };
         let mut buffer = memory.allocate(vocab * size_of::<f32>())?;
         run(NumbersMut::Device(&mut buffer))?;
-        let best = buffer.best(1, vocab, to_bring(most, vocab))?;
+        let best = buffer.best(1, vocab, to_bring(most, vocab), &mut comings.best)?;
         logits.stay(&Arc::new(buffer), 0, vocab, &best);
         self.counters.best.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -451,13 +483,15 @@ impl Model {
     }
 
     fn try_one(&self, works: &mut Works, row: &mut Row) -> Result<()> {
-        let Works { graph, pool, .. } = works;
+        let Works {
+            graph, pool, comings, ..
+        } = works;
         let turn = row.place.tensors(pool, 1)?;
         let past = row.place.len;
         let state = row.past_memory.aligned()?;
         row.present_memory
             .write(self.home(), self.geometry().elements(), |present_memory| {
-                self.last_logits(&mut row.logits, row.enough, |logits| {
+                self.last_logits(&mut row.logits, row.enough, comings, |logits| {
                     graph.run(
                         self,
                         Run {
@@ -488,8 +522,37 @@ impl Model {
             largest_step: of(&self.counters.largest),
             chunks: of(&self.counters.chunks),
             best_rows: of(&self.counters.best),
+            captured_steps: of(&self.counters.captured),
+            cuda_graphs: of(&self.counters.captures),
         }
     }
+}
+
+/// Gives each row of a step the state after it: a copy of what is on the host, or its place in the step's buffer on the device, so that where the
+/// step has written it is where the next one reads it.
+fn leave_states(
+    window: &Window,
+    at: &[usize],
+    rows: &mut [Row],
+    step: Option<&Arc<DeviceBuffer>>,
+    states: &[f32],
+    numbers: usize,
+) -> Result<()> {
+    for (number, rider) in window.riders.iter().enumerate() {
+        let Some(of) = rider.of else { continue };
+        let start = number * numbers;
+        match (&mut rows[at[of]].present_memory, step) {
+            (Back::Host(view), None) => Arc::get_mut(view)
+                .ok_or_else(held)?
+                .copy_from_slice(&states[start..][..numbers]),
+            (Back::Device(state), Some(buffer)) => {
+                let first = start * size_of::<f32>();
+                *state = Some(Arc::new(Resident::new(Arc::clone(buffer), first, numbers)));
+            }
+            _ => return Err(held()),
+        }
+    }
+    Ok(())
 }
 
 /// The rows of a step that a window's turns are, in its order.
@@ -498,6 +561,12 @@ fn indices<'a>(window: &'a Window, at: &'a [usize]) -> impl Iterator<Item = usiz
 }
 
 impl Counters {
+    /// A step was captured or replayed; there are so many captures.
+    pub(crate) fn captured(&self, captures: usize) {
+        self.captured.fetch_add(1, Ordering::Relaxed);
+        self.captures.fetch_max(captures as u64, Ordering::Relaxed);
+    }
+
     fn count(&self, rows: usize, batch: usize) {
         let (rows, batch) = (rows as u64, batch as u64);
         self.steps.fetch_add(1, Ordering::Relaxed);

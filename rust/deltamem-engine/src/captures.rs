@@ -1,0 +1,119 @@
+//! Steps that a card replays: CUDA graphs, captured by ONNX Runtime. A capture holds every address and shape of its run, so a step is given an
+//! id by all of them and has no other; what is not small lies still by itself (keys, values), or comes to the same few places step by step
+//! (states, logits), and the small inputs are brought into a buffer of their own in front of each step, because a replay copies nothing from the
+//! host. What ONNX Runtime asks of it stands in docs/cuda.md. It knows addresses and bytes; it knows nothing of what they mean.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use crate::call::{As, Worker};
+use crate::device::{DeviceBuffer, DeviceMemory, Staging};
+use crate::error::Result;
+use crate::memory::held;
+
+/// The most captures of one graph. Nothing frees one before its session, and each takes memory of the card; steps beyond them run as ever.
+const MOST: usize = 64;
+
+/// What each part of the small inputs begins at a multiple of, as ONNX Runtime's own allocations do.
+const ALIGNED: usize = 256;
+
+/// The captures of one graph.
+#[derive(Debug)]
+pub(crate) struct Captures {
+    memory: Arc<DeviceMemory>,
+    /// ONNX Runtime keeps a thread's captures for that thread, so all runs are made on one.
+    worker: Worker,
+    /// The id of each set of addresses and shapes.
+    ids: HashMap<Vec<usize>, i32>,
+    /// The small inputs: one buffer for each size that they take together, which stays where it is.
+    inputs: HashMap<usize, Arc<DeviceBuffer>>,
+    packed: Option<Staging>,
+    /// Whether nothing is captured any more.
+    off: bool,
+}
+
+/// Where the small inputs of a step lie.
+pub(crate) struct Packed {
+    pub(crate) buffer: Arc<DeviceBuffer>,
+    /// The first byte of each.
+    pub(crate) starts: Vec<usize>,
+}
+
+impl Captures {
+    pub(crate) fn new(memory: Arc<DeviceMemory>) -> Result<Self> {
+        Ok(Self {
+            memory,
+            worker: Worker::new()?,
+            ids: HashMap::new(),
+            inputs: HashMap::new(),
+            packed: None,
+            off: false,
+        })
+    }
+
+    /// Where runs are made.
+    pub(crate) fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
+    /// The device's memory.
+    pub(crate) fn memory(&self) -> &Arc<DeviceMemory> {
+        &self.memory
+    }
+
+    /// Whether steps are captured.
+    pub(crate) fn on(&self) -> bool {
+        !self.off
+    }
+
+    /// How many there are, or are about to be.
+    pub(crate) fn count(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Brings the small inputs of a step to the device, in one copy, to where those of its like always are.
+    pub(crate) fn bring(&mut self, parts: &[&[u8]]) -> Result<Packed> {
+        let mut starts = Vec::with_capacity(parts.len());
+        let mut bytes = 0;
+        for part in parts {
+            starts.push(bytes);
+            bytes += part.len().next_multiple_of(ALIGNED);
+        }
+        let packed = self.memory.room(&mut self.packed, bytes)?;
+        let packed = &mut bytemuck::cast_slice_mut::<u64, u8>(packed.words_mut())[..bytes];
+        for (part, &start) in parts.iter().zip(&starts) {
+            packed[start..][..part.len()].copy_from_slice(part);
+        }
+        let buffer = match self.inputs.entry(bytes) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(new) => new.insert(Arc::new(self.memory.allocate(bytes)?)),
+        };
+        // The run before is over, and with it what it held.
+        Arc::get_mut(buffer).ok_or_else(held)?.upload(0, packed)?;
+        Ok(Packed {
+            buffer: Arc::clone(buffer),
+            starts,
+        })
+    }
+
+    /// How a step with these addresses and shapes is run, and whether it is the first of its kind.
+    pub(crate) fn like(&mut self, key: Vec<usize>) -> (As, bool) {
+        if let Some(&id) = self.ids.get(&key) {
+            return (As::Captured(id), false);
+        }
+        match i32::try_from(self.ids.len() + 1) {
+            Ok(id) if self.on() && self.ids.len() < MOST => {
+                self.ids.insert(key, id);
+                (As::Captured(id), true)
+            }
+            _ => (As::Itself, false),
+        }
+    }
+
+    /// A capture went wrong: nothing is captured from here on.
+    pub(crate) fn give_up(&mut self) {
+        self.off = true;
+        self.ids.clear();
+    }
+}

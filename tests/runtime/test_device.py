@@ -386,9 +386,9 @@ def test_steps_of_fixed_shapes_are_the_same(case: str, precision: str, parity_bu
     for found, expected in zip(talk(captures), talk(load(bundle, device="cpu")), strict=True):
         same(found, expected)
     stats = captures.stats
-    # The first token of the restored state reads it from the host, and is like no other.
-    assert stats.captured_steps == stats.steps - 1 > 120
-    assert stats.cuda_graphs < stats.captured_steps / 4, "few sets of addresses come again and again"
+    # Few sets of addresses come again and again. What is seen for the first two times is not captured yet.
+    assert stats.captured_steps > stats.steps / 2 > 60
+    assert 0 < stats.cuda_graphs < stats.captured_steps / 4
 
 
 def test_many_sessions_in_captured_steps(parity_bundle) -> None:
@@ -412,7 +412,7 @@ def test_many_sessions_in_captured_steps(parity_bundle) -> None:
         assert tokens == expected_tokens
     stats = captures.stats
     assert stats.largest_step > 1
-    assert 0 < stats.captured_steps <= stats.steps
+    assert stats.captured_steps < stats.steps
     assert stats.cuda_graphs <= 64
     assert captures.uncaptured is None
 
@@ -684,5 +684,5 @@ def test_a_card_replays_what_it_computes(card) -> None:
     for plain, replayed in zip(found[:half], found[half:], strict=True):
         assert_close("replayed", replayed, plain, 2e-3)
     assert captures.uncaptured is None, "a step that could not be captured says why here"
-    assert captures.stats.captured_steps == 120
-    assert captures.stats.cuda_graphs < 60
+    assert captures.stats.captured_steps > 60
+    assert captures.stats.cuda_graphs < 30

@@ -15,6 +15,12 @@ use crate::memory::held;
 /// The most captures of one graph. Nothing frees one before its session, and each takes memory of the card; steps beyond them run as ever.
 const MOST: usize = 64;
 
+/// How often a step must have looked the same before it is captured: groups of sessions that met by chance would take all that there may be.
+const SIGHTS: u32 = 2;
+
+/// The most kinds of steps that are counted; beyond them counting begins again.
+const COUNTED: usize = 4096;
+
 /// What each part of the small inputs begins at a multiple of, as ONNX Runtime's own allocations do.
 const ALIGNED: usize = 256;
 
@@ -26,6 +32,8 @@ pub(crate) struct Captures {
     worker: Worker,
     /// The id of each set of addresses and shapes.
     ids: HashMap<Vec<usize>, i32>,
+    /// How often each of those without an id was seen.
+    sights: HashMap<Vec<usize>, u32>,
     /// The small inputs: one buffer for each size that they take together, which stays where it is.
     inputs: HashMap<usize, Arc<DeviceBuffer>>,
     packed: Option<Staging>,
@@ -46,6 +54,7 @@ impl Captures {
             memory,
             worker: Worker::new()?,
             ids: HashMap::new(),
+            sights: HashMap::new(),
             inputs: HashMap::new(),
             packed: None,
             off: false,
@@ -97,23 +106,34 @@ impl Captures {
         })
     }
 
-    /// How a step with these addresses and shapes is run, and whether it is the first of its kind.
+    /// How a step with these addresses and shapes is run, and whether it is captured now.
     pub(crate) fn like(&mut self, key: Vec<usize>) -> (As, bool) {
         if let Some(&id) = self.ids.get(&key) {
             return (As::Captured(id), false);
         }
-        match i32::try_from(self.ids.len() + 1) {
-            Ok(id) if self.on() && self.ids.len() < MOST => {
-                self.ids.insert(key, id);
-                (As::Captured(id), true)
-            }
-            _ => (As::Itself, false),
+        let Some(id) = i32::try_from(self.ids.len() + 1)
+            .ok()
+            .filter(|_| self.on() && self.ids.len() < MOST)
+        else {
+            return (As::Itself, false);
+        };
+        if self.sights.len() >= COUNTED {
+            self.sights.clear();
         }
+        let sights = self.sights.get(&key).copied().unwrap_or(0);
+        if sights < SIGHTS {
+            self.sights.insert(key, sights + 1);
+            return (As::Itself, false);
+        }
+        self.sights.remove(&key);
+        self.ids.insert(key, id);
+        (As::Captured(id), true)
     }
 
     /// A capture went wrong: nothing is captured from here on.
     pub(crate) fn give_up(&mut self) {
         self.off = true;
         self.ids.clear();
+        self.sights.clear();
     }
 }

@@ -30,15 +30,20 @@ pub(crate) struct Captures {
     memory: Arc<DeviceMemory>,
     /// ONNX Runtime keeps a thread's captures for that thread, so all runs are made on one.
     worker: Worker,
-    /// The id of each set of addresses and shapes.
-    ids: HashMap<Vec<usize>, i32>,
-    /// How often each of those without an id was seen.
-    sights: HashMap<Vec<usize>, u32>,
+    ids: Ids,
     /// The small inputs: one buffer for each size that they take together, which stays where it is.
     inputs: HashMap<usize, Arc<DeviceBuffer>>,
     packed: Option<Staging>,
     /// Whether nothing is captured any more.
     off: bool,
+}
+
+/// Which steps are captured, by all of their addresses and shapes.
+#[derive(Debug, Default)]
+struct Ids {
+    given: HashMap<Vec<usize>, i32>,
+    /// How often each of those without an id was seen.
+    sights: HashMap<Vec<usize>, u32>,
 }
 
 /// Where the small inputs of a step lie.
@@ -53,8 +58,7 @@ impl Captures {
         Ok(Self {
             memory,
             worker: Worker::new()?,
-            ids: HashMap::new(),
-            sights: HashMap::new(),
+            ids: Ids::default(),
             inputs: HashMap::new(),
             packed: None,
             off: false,
@@ -78,7 +82,7 @@ impl Captures {
 
     /// How many there are, or are about to be.
     pub(crate) fn count(&self) -> usize {
-        self.ids.len()
+        self.ids.given.len()
     }
 
     /// Brings the small inputs of a step to the device, in one copy, to where those of its like always are.
@@ -108,12 +112,27 @@ impl Captures {
 
     /// How a step with these addresses and shapes is run, and whether it is captured now.
     pub(crate) fn like(&mut self, key: Vec<usize>) -> (As, bool) {
-        if let Some(&id) = self.ids.get(&key) {
+        if self.off {
+            return (As::Itself, false);
+        }
+        self.ids.like(key)
+    }
+
+    /// A capture went wrong: nothing is captured from here on.
+    pub(crate) fn give_up(&mut self) {
+        self.off = true;
+        self.ids = Ids::default();
+    }
+}
+
+impl Ids {
+    fn like(&mut self, key: Vec<usize>) -> (As, bool) {
+        if let Some(&id) = self.given.get(&key) {
             return (As::Captured(id), false);
         }
-        let Some(id) = i32::try_from(self.ids.len() + 1)
+        let Some(id) = i32::try_from(self.given.len() + 1)
             .ok()
-            .filter(|_| self.on() && self.ids.len() < MOST)
+            .filter(|_| self.given.len() < MOST)
         else {
             return (As::Itself, false);
         };
@@ -126,14 +145,44 @@ impl Captures {
             return (As::Itself, false);
         }
         self.sights.remove(&key);
-        self.ids.insert(key, id);
+        self.given.insert(key, id);
         (As::Captured(id), true)
     }
+}
 
-    /// A capture went wrong: nothing is captured from here on.
-    pub(crate) fn give_up(&mut self) {
-        self.off = true;
-        self.ids.clear();
-        self.sights.clear();
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_again_is_captured_once_under_an_id_of_its_own() {
+        let mut ids = Ids::default();
+        for key in [7, 8] {
+            for _ in 0..SIGHTS {
+                assert_eq!(ids.like(vec![1, key]), (As::Itself, false));
+            }
+        }
+        let (first, captures) = ids.like(vec![1, 7]);
+        assert!(matches!(first, As::Captured(_)) && captures);
+        assert_eq!(ids.like(vec![1, 7]), (first, false));
+        let (second, captures) = ids.like(vec![1, 8]);
+        assert!(matches!(second, As::Captured(_)) && captures && second != first);
+        // An order is part of it.
+        assert_eq!(ids.like(vec![7, 1]), (As::Itself, false));
+    }
+
+    #[test]
+    fn chance_meetings_take_no_ids_and_there_is_a_limit() {
+        let mut ids = Ids::default();
+        for key in 0..10 * COUNTED {
+            assert_eq!(ids.like(vec![key]), (As::Itself, false));
+        }
+        assert!(ids.sights.len() <= COUNTED);
+        let captured = |ids: &mut Ids, key: usize| {
+            (0..=SIGHTS).any(|_| matches!(ids.like(vec![key]), (As::Captured(_), true)))
+        };
+        assert_eq!((0..2 * MOST).filter(|&key| captured(&mut ids, key)).count(), MOST);
+        // Those that have an id keep it.
+        assert!(matches!(ids.like(vec![0]), (As::Captured(1), false)));
     }
 }

@@ -199,19 +199,19 @@ def test_turns_that_change_places_keep_their_rows(parity_bundle) -> None:
     alone = []
     for seed in range(5):
         with begun(seed) as session:
-            alone.append((steps(session, seed + 10, 40), steps(session, seed + 20, 3), session.memory))
+            alone.append((steps(session, seed + 10, 150), steps(session, seed + 20, 3), session.memory))
     sessions = [begun(seed) for seed in range(5)]
     pair = (0, 4)
     found = dict(
         zip(
             pair,
-            beside_prompts(model, ids(500, 99), [lambda n=n: steps(sessions[n], n + 10, 40) for n in pair]),
+            beside_prompts(model, ids(500, 99), [lambda n=n: steps(sessions[n], n + 10, 150) for n in pair]),
             strict=True,
         )
     )
     assert model.stats.largest_step == 2
     for seed, session in enumerate(sessions):
-        logits = found[seed] if seed in pair else steps(session, seed + 10, 40)
+        logits = found[seed] if seed in pair else steps(session, seed + 10, 150)
         np.testing.assert_allclose(logits, alone[seed][0], rtol=0, atol=1e-5)
         np.testing.assert_allclose(steps(session, seed + 20, 3), alone[seed][1], rtol=0, atol=1e-5)
         np.testing.assert_allclose(session.memory, alone[seed][2], rtol=0, atol=1e-5)

@@ -347,8 +347,16 @@ impl<'t, 'a> Call<'t, 'a> {
     }
 
     /// Runs the graph. On an error the outputs hold anything; the caller must not use them.
-    pub(crate) fn run(&self, session: &mut Session) -> Result<()> {
-        self.raw(session, std::ptr::null()).run()
+    pub(crate) fn run(self, session: &mut Session) -> Result<()> {
+        let mut run = Raw {
+            session: session.ptr().cast_mut(),
+            options: std::ptr::null(),
+            input_names: self.input_names,
+            inputs: self.inputs,
+            output_names: self.output_names,
+            outputs: self.outputs,
+        };
+        run.run()
     }
 
     /// The same on the worker's thread, for a session that captures. It leaves the call as it was, to be run again if that fails.
@@ -362,18 +370,14 @@ impl<'t, 'a> Call<'t, 'a> {
         options
             .set("gpu_graph_id", id.to_string())
             .map_err(EngineError::onnx("preparing a run"))?;
-        worker.run(self.raw(session, options.ptr()))
-    }
-
-    fn raw(&self, session: &mut Session, options: *const sys::OrtRunOptions) -> Raw {
-        Raw {
+        worker.run(Raw {
             session: session.ptr().cast_mut(),
-            options,
+            options: options.ptr(),
             input_names: self.input_names.clone(),
             inputs: self.inputs.clone(),
             output_names: self.output_names.clone(),
             outputs: self.outputs.clone(),
-        }
+        })
     }
 }
 

@@ -563,7 +563,6 @@ impl DeviceBuffer {
         call.output(graphs::WRONG, &mut to_wrong);
         call.run(session)
             .map_err(|error| memory.provider.explain(error))?;
-        drop(call);
         drop((to_values, to_ids, to_wrong));
         Ok(Best {
             count,

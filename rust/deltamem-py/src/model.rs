@@ -62,6 +62,8 @@ impl Model {
     ///
     /// Raises
     /// ------
+    /// ValueError
+    ///     An option that is none of those above, or ``cuda_graphs=True`` with ``device="cpu"``.
     /// FileNotFoundError
     ///     No bundle at ``path``.
     /// BundleError

@@ -1,5 +1,6 @@
-"""The engine on an NVIDIA card, against opponents on the same card in the same run: what the memory costs, many sessions, a turn after a
-history, memory on the card, and what runs in a step. Without a card it says why there is none and ends with exit code 77.
+"""The engine on an NVIDIA card, against opponents on the same card in the same run: what the memory costs, many sessions, users that come
+and go, steps as CUDA graphs, a turn after a history, memory on the card, and what runs in a step. Without a card it says why there is
+none and ends with exit code 77.
 
     python benches/bench_cuda.py [--quick] [--device DEVICE]
 
@@ -16,7 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +34,7 @@ from bench_history import a_turn, first_token
 from bench_sessions import Users
 from deltamem_rt import _native
 from deltamem_rt._onnxruntime import find_library, open_cuda_libraries
-from measuring import Ratio, Table, interleaved, quantity, reached
+from measuring import Figures, Ratio, Table, interleaved, quantity, reached
 from opponents import Engine, GenAI, Torch
 from run import NO_CARD
 
@@ -129,6 +133,75 @@ def bench_sessions(made: models.Made, plan: Plan, device: str, table: Table) -> 
         both = [f"{statistics.median(rates[who]['rate']):,.1f} /s" for who in ("threads", "in turn")]
         per_user = f"{held / count / 2**20:.1f} MiB" if held > 0 else "-"
         table.row(made.name, made.precision, count, *both, ratio, per_user, f"{model.geometry.bytes / 2**10:.1f} KiB")
+
+
+class Slots:
+    """Sessions that each read one token a step, all at once. With `swaps`, in front of each step another one's turn has ended: it gives its
+    slot back, which is wiped, and takes one as a user does who comes in, and its state is brought among the others'.
+    """
+
+    def __init__(self, model: dm.Model, count: int) -> None:
+        self._sessions = [model.session() for _ in range(count)]
+
+    def __call__(self, steps: int, swaps: bool) -> Figures:
+        for session in self._sessions:
+            session.end_turn()
+            session.feed(prompts(8))
+        count = len(self._sessions)
+        ready = threading.Barrier(count + 1)
+
+        def one(number: int) -> None:
+            session = self._sessions[number]
+            ready.wait()
+            for step in range(steps):
+                if swaps and step % count == number:
+                    session.end_turn()
+                session.feed([5])
+
+        with ThreadPoolExecutor(count) as pool:
+            parts = [pool.submit(one, number) for number in range(count)]
+            ready.wait()
+            began = time.perf_counter()
+            for part in parts:
+                part.result()
+            return {"step": (time.perf_counter() - began) / steps}
+
+    def close(self) -> None:
+        for session in self._sessions:
+            session.close()
+
+
+def bench_swaps(made: models.Made, plan: Plan, device: str, table: Table) -> None:
+    """What it costs a step of all slots that one user leaves and another comes in."""
+    count = max(plan.counts)
+    slots = Slots(load(made.bundle, device, max_batch=count), count)
+    found = interleaved(
+        {"steps": lambda: slots(plan.tokens, swaps=False), "swaps": lambda: slots(plan.tokens, swaps=True)},
+        plan.rounds,
+    )
+    slots.close()
+    plain, swapped = (found[who]["step"] for who in ("steps", "swaps"))
+    ratio = Ratio.of(plain, swapped)
+    judged = reached(ratio.value, round(1 / 1.05, 3))
+    table.row(made.name, made.precision, count, quantity(plain), quantity(swapped), ratio, judged)
+
+
+def bench_graphs(made: models.Made, plan: Plan, device: str, table: Table) -> None:
+    """Single tokens of one session and of all slots, with their steps captured as CUDA graphs and without."""
+    for count in (1, max(plan.counts)):
+        engines = {
+            name: load(made.bundle, device, max_batch=max(plan.counts), cuda_graphs=captured)
+            for name, captured in (("captured", True), ("not", False))
+        }
+        users = {name: Users(model, count, (plan.rounds + 2) * plan.tokens + 2) for name, model in engines.items()}
+        found = interleaved({name: lambda u=u: u.in_threads(plan.tokens) for name, u in users.items()}, plan.rounds)
+        for each in users.values():
+            each.close()
+        model = engines["captured"]
+        ratio = Ratio.of(found["captured"]["rate"], found["not"]["rate"])
+        rates = [quantity(found[name]["rate"], "/s") for name in ("captured", "not")]
+        captures = str(model.uncaptured or f"{model.stats.cuda_graphs} for {model.stats.captured_steps} steps")
+        table.row(made.name, made.precision, count, *rates, ratio, captures)
 
 
 def card_bytes() -> int:
@@ -239,6 +312,19 @@ def main() -> None:
     table = Table("model", "precision", "sessions", "at once", "in turn", "ratio", "on the card, each", "of it state")
     for made in all_made:
         bench_sessions(made, plan, options.device, table)
+        gc.collect()
+    print(
+        "\n### Users that come and go\n\nA step of one token of each session, and one in front of which one user's turn has ended and "
+        "another takes a slot; the first over the second, goal 5 % more at most."
+    )
+    table = Table("model", "precision", "slots", "a step", "with a swap", "ratio", "goal")
+    for made in all_made:
+        bench_swaps(made, plan, options.device, table)
+        gc.collect()
+    print("\n### Steps as CUDA graphs\n\nTokens a second with `cuda_graphs=True` against without.")
+    table = Table("model", "precision", "sessions", "captured", "not captured", "ratio", "captures")
+    for made in all_made:
+        bench_graphs(made, plan, options.device, table)
         gc.collect()
     print(f"\n### A turn after a history\n\nSeconds to the first token of the reply to {MESSAGE} tokens.")
     table = Table("model", "precision", "history", "memory", "reading again", "ratio", "goal")

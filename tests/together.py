@@ -35,9 +35,10 @@ def together(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 
 def beside_prompts(model: dm.Model, prompt: np.ndarray, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     """The same while another session reads prompts: steps queue behind its chunks, and so leave together."""
-    left, all_done = [len(jobs)], threading.Event()
+    left, all_done, reads = [len(jobs)], threading.Event(), threading.Event()
 
     def counted(job: Callable[[], Any]) -> Any:
+        reads.wait(60)
         try:
             return job()
         finally:
@@ -48,9 +49,14 @@ def beside_prompts(model: dm.Model, prompt: np.ndarray, jobs: Sequence[Callable[
     prompt = prompt[: model.context_length]
 
     def prompts() -> None:
-        while not all_done.is_set():
-            with model.session() as session:
-                session.feed(prompt, write=False)
+        try:
+            while not all_done.is_set():
+                with model.session() as session:
+                    session.feed(prompt, write=False)
+                # Jobs of a few milliseconds would else be over before a prompt is read at all.
+                reads.set()
+        finally:
+            reads.set()
 
     *results, reading = together([*(lambda j=job: counted(j) for job in jobs), prompts])
     assert reading is None, reading

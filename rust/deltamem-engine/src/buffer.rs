@@ -92,66 +92,93 @@ impl Buffer {
         }
     }
 
-    /// Writes zeros over the first `used` rows of `count` groups; on a device over all of them, which is one operation there.
-    pub(crate) fn wipe(&mut self, groups: Groups, count: usize, used: usize, row: usize) -> Result<()> {
+    /// As many as `count`, each of at least `bytes` zeroed bytes.
+    pub(crate) fn many_zeroed(count: usize, bytes: usize, home: &Home) -> Result<Vec<Self>> {
+        let Some(memory) = home else {
+            return (0..count).map(|_| Self::zeroed(bytes, home)).collect();
+        };
+        let bytes = bytes.next_multiple_of(8);
+        let mut buffers = (0..count)
+            .map(|_| memory.allocate(bytes).map(Self::Device))
+            .collect::<Result<Vec<_>>>()?;
+        DeviceBuffer::zero_all(&mut devices_mut(&mut buffers), 0, bytes)?;
+        Ok(buffers)
+    }
+
+    /// Writes zeros over the first `used` rows of `count` groups of each; on a device over all of them, which is one operation there for all.
+    pub(crate) fn wipe(
+        buffers: &mut [Self],
+        groups: Groups,
+        count: usize,
+        used: usize,
+        row: usize,
+    ) -> Result<()> {
         let size = groups.rows * row;
-        match self {
-            Self::Host(words) => {
+        for buffer in &mut *buffers {
+            if let Self::Host(words) = buffer {
                 let bytes = bytemuck::cast_slice_mut::<u64, u8>(words);
                 for group in 0..count {
                     bytes[groups.start + group * size..][..used * row].fill(0);
                 }
-                Ok(())
             }
-            Self::Device(_) if used == 0 => Ok(()),
-            Self::Device(buffer) => buffer.zero(groups.start, count * size),
         }
+        if used == 0 {
+            return Ok(());
+        }
+        DeviceBuffer::zero_all(&mut devices_mut(buffers), groups.start, count * size)
     }
 
-    /// Copies the first `used` rows of `count` groups of another buffer into groups of this one. Rows behind them stay on the host, where they
+    /// Copies the first `used` rows of `count` groups of other buffers into groups of these. Rows behind them stay on the host, where they
     /// are zero, and are zeroed on a device.
     pub(crate) fn copy_rows(
-        &mut self,
+        buffers: &mut [Self],
         to: Groups,
-        other: &Self,
+        others: &[Self],
         from: Groups,
         count: usize,
         used: usize,
         row: usize,
     ) -> Result<()> {
-        match (self, other) {
-            (Self::Host(words), Self::Host(others)) => {
-                let (bytes, others) = (
-                    bytemuck::cast_slice_mut::<u64, u8>(words),
-                    bytemuck::cast_slice::<u64, u8>(others),
-                );
-                for group in 0..count {
-                    bytes[to.start + group * to.rows * row..][..used * row]
-                        .copy_from_slice(&others[from.start + group * from.rows * row..][..used * row]);
+        for (buffer, other) in buffers.iter_mut().zip(others) {
+            match (buffer, other) {
+                (Self::Host(words), Self::Host(others)) => {
+                    let (bytes, others) = (
+                        bytemuck::cast_slice_mut::<u64, u8>(words),
+                        bytemuck::cast_slice::<u64, u8>(others),
+                    );
+                    for group in 0..count {
+                        bytes[to.start + group * to.rows * row..][..used * row]
+                            .copy_from_slice(&others[from.start + group * from.rows * row..][..used * row]);
+                    }
                 }
-                Ok(())
+                (Self::Device(_), Self::Device(_)) => {}
+                _ => {
+                    return Err(EngineError::Session(
+                        "keys and values of one model lie on the host and on a device; please report this"
+                            .into(),
+                    ));
+                }
             }
-            (Self::Device(buffer), Self::Device(other)) => buffer.rows(
-                to.start,
-                other,
-                from.start,
-                Rows {
-                    groups: count,
-                    from: from.rows,
-                    to: to.rows,
-                    used,
-                    row,
-                },
-            ),
-            _ => Err(EngineError::Session(
-                "keys and values of one model lie on the host and on a device; please report this".into(),
-            )),
         }
+        let others: Vec<_> = others.iter().filter_map(Self::device).collect();
+        DeviceBuffer::rows_all(
+            &mut devices_mut(buffers),
+            to.start,
+            &others,
+            from.start,
+            Rows {
+                groups: count,
+                from: from.rows,
+                to: to.rows,
+                used,
+                row,
+            },
+        )
     }
 
-    /// Has the first `used` rows of `count` groups change places with those of `count` others behind them.
+    /// Has the first `used` rows of `count` groups change places with those of `count` others behind them, in each of these.
     pub(crate) fn swap_rows(
-        &mut self,
+        buffers: &mut [Self],
         low: Groups,
         high: Groups,
         count: usize,
@@ -159,18 +186,35 @@ impl Buffer {
         row: usize,
     ) -> Result<()> {
         let size = low.rows * row;
-        match self {
-            Self::Host(words) => {
+        for buffer in &mut *buffers {
+            if let Self::Host(words) = buffer {
                 let (lows, highs) = bytemuck::cast_slice_mut::<u64, u8>(words).split_at_mut(high.start);
                 for group in 0..count {
                     let at = group * size;
                     lows[low.start + at..][..used * row].swap_with_slice(&mut highs[at..][..used * row]);
                 }
-                Ok(())
             }
-            Self::Device(buffer) => buffer.swap(low.start, high.start, count * size),
+        }
+        DeviceBuffer::swap_all(&mut devices_mut(buffers), low.start, high.start, count * size)
+    }
+
+    fn device(&self) -> Option<&DeviceBuffer> {
+        match self {
+            Self::Host(_) => None,
+            Self::Device(buffer) => Some(buffer),
         }
     }
+}
+
+/// Those of them that are the device's: all, or none.
+fn devices_mut(buffers: &mut [Buffer]) -> Vec<&mut DeviceBuffer> {
+    buffers
+        .iter_mut()
+        .filter_map(|buffer| match buffer {
+            Buffer::Host(_) => None,
+            Buffer::Device(buffer) => Some(buffer),
+        })
+        .collect()
 }
 
 impl<'a> Part<'a> {

@@ -4,9 +4,11 @@
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 
 use ort::AsPointer;
-use ort::session::Session;
+use ort::session::{RunOptions, Session};
 use ort::sys;
 use ort::value::TensorElementType;
 
@@ -32,6 +34,8 @@ impl Element for i64 {
 /// A tensor over borrowed memory. The borrow lives as long as the tensor does.
 pub(crate) struct Tensor<'a> {
     value: NonNull<sys::OrtValue>,
+    /// Where it lies, to be compared and never followed.
+    address: usize,
     memory: PhantomData<&'a mut [u8]>,
 }
 
@@ -166,6 +170,7 @@ impl<'a> Tensor<'a> {
         match NonNull::new(value) {
             Some(value) => Ok(Self {
                 value,
+                address: data.addr(),
                 memory: PhantomData,
             }),
             None => Err(EngineError::Onnx {
@@ -184,47 +189,57 @@ impl Drop for Tensor<'_> {
     }
 }
 
-/// The inputs and outputs of one run, by name.
-#[derive(Default)]
-pub(crate) struct Call<'t, 'a> {
+/// What ONNX Runtime may make of a run on a card whose session captures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum As {
+    /// A run like any other.
+    Itself,
+    /// One that is captured as a CUDA graph of this number, and replayed from then on.
+    Captured(i32),
+}
+
+/// A thread on which all runs of a session are made, one after another.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    errands: Option<mpsc::Sender<Errand>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// One run for the worker.
+#[derive(Debug)]
+struct Errand {
+    run: Raw,
+    done: mpsc::SyncSender<Result<()>>,
+}
+
+/// A run as ONNX Runtime takes it.
+#[derive(Debug)]
+struct Raw {
+    session: *mut sys::OrtSession,
+    options: *const sys::OrtRunOptions,
     input_names: Vec<*const std::ffi::c_char>,
     inputs: Vec<*const sys::OrtValue>,
     output_names: Vec<*const std::ffi::c_char>,
     outputs: Vec<*mut sys::OrtValue>,
-    tensors: PhantomData<(&'t Tensor<'a>, &'t CStr)>,
 }
 
-impl<'t, 'a> Call<'t, 'a> {
-    /// Gives the tensor to the input `name`.
-    pub(crate) fn input(&mut self, name: &'t CStr, tensor: &'t Tensor<'a>) {
-        self.input_names.push(name.as_ptr());
-        self.inputs.push(tensor.value.as_ptr());
-    }
+// SAFETY: whoever makes one waits for the worker's answer, or for the end of its thread, with all that is borrowed for it; names, values,
+// options and the session may be used on any thread, one at a time.
+#[allow(unsafe_code)]
+unsafe impl Send for Raw {}
 
-    /// Has the output `name` written into the tensor.
-    pub(crate) fn output(&mut self, name: &'t CStr, tensor: &'t mut Tensor<'a>) {
-        self.output_names.push(name.as_ptr());
-        self.outputs.push(tensor.value.as_ptr());
-    }
-
-    /// Gives one tensor to the input `past` and to the output `present`: attention appends to it in place.
-    pub(crate) fn in_place(&mut self, past: &'t CStr, present: &'t CStr, tensor: &'t mut Tensor<'a>) {
-        self.input_names.push(past.as_ptr());
-        self.inputs.push(tensor.value.as_ptr());
-        self.output_names.push(present.as_ptr());
-        self.outputs.push(tensor.value.as_ptr());
-    }
-
-    /// Runs the graph. On an error the outputs hold anything; the caller must not use them.
+impl Raw {
+    /// Runs. On an error the outputs hold anything; the caller must not use them.
     #[allow(unsafe_code)]
-    pub(crate) fn run(mut self, session: &mut Session) -> Result<()> {
+    fn run(&mut self) -> Result<()> {
         let before = self.outputs.clone();
-        // SAFETY: every name and value outlives `self` by its lifetime 't, the arrays have the lengths given, `session` is
-        // borrowed exclusively, so no second run is in flight, and a null run-options pointer means the defaults.
+        // SAFETY: every name and value outlives the run by the lifetime 't of the `Call` that it was made from, which is waited for; the arrays
+        // have the lengths given, the session is borrowed exclusively there, so no second run is in flight, and a null run-options pointer
+        // means the defaults.
         let status = unsafe {
             (ort::api().Run)(
-                session.ptr().cast_mut(),
-                std::ptr::null(),
+                self.session,
+                self.options,
                 self.input_names.as_ptr(),
                 self.inputs.as_ptr(),
                 self.inputs.len(),
@@ -241,6 +256,128 @@ impl<'t, 'a> Call<'t, 'a> {
             });
         }
         Ok(())
+    }
+}
+
+impl Worker {
+    pub(crate) fn new() -> Result<Self> {
+        let (errands, inbox) = mpsc::channel::<Errand>();
+        let thread = std::thread::Builder::new()
+            .name("deltamem-runs".into())
+            .spawn(move || {
+                for mut errand in inbox {
+                    let outcome = errand.run.run();
+                    // Whoever asked waits; one that is gone does not care.
+                    let _ = errand.done.send(outcome);
+                }
+            })
+            .map_err(|error| {
+                EngineError::Session(format!("no thread can be had for the model's runs: {error}"))
+            })?;
+        Ok(Self {
+            errands: Some(errands),
+            thread: Some(thread),
+        })
+    }
+
+    /// Has the thread make the run, and waits for it.
+    fn run(&self, run: Raw) -> Result<()> {
+        let gone = || {
+            EngineError::Session(
+                "the thread of the model's runs has ended; load the model again, and please report this"
+                    .into(),
+            )
+        };
+        let (done, outcome) = mpsc::sync_channel(1);
+        let errands = self.errands.as_ref().ok_or_else(gone)?;
+        errands.send(Errand { run, done }).map_err(|_| gone())?;
+        // An error here means that the thread has dropped the errand, and runs nothing any more.
+        outcome.recv().map_err(|_| gone())?
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        drop(self.errands.take());
+        if let Some(thread) = self.thread.take() {
+            // It has nothing left to do; if it panicked, that was told to whoever asked.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The inputs and outputs of one run, by name.
+#[derive(Default)]
+pub(crate) struct Call<'t, 'a> {
+    input_names: Vec<*const std::ffi::c_char>,
+    inputs: Vec<*const sys::OrtValue>,
+    output_names: Vec<*const std::ffi::c_char>,
+    outputs: Vec<*mut sys::OrtValue>,
+    addresses: Vec<usize>,
+    tensors: PhantomData<(&'t Tensor<'a>, &'t CStr)>,
+}
+
+impl<'t, 'a> Call<'t, 'a> {
+    /// Gives the tensor to the input `name`.
+    pub(crate) fn input(&mut self, name: &'t CStr, tensor: &'t Tensor<'a>) {
+        self.input_names.push(name.as_ptr());
+        self.inputs.push(tensor.value.as_ptr());
+        self.addresses.push(tensor.address);
+    }
+
+    /// Has the output `name` written into the tensor.
+    pub(crate) fn output(&mut self, name: &'t CStr, tensor: &'t mut Tensor<'a>) {
+        self.output_names.push(name.as_ptr());
+        self.outputs.push(tensor.value.as_ptr());
+        self.addresses.push(tensor.address);
+    }
+
+    /// Gives one tensor to the input `past` and to the output `present`: attention appends to it in place.
+    pub(crate) fn in_place(&mut self, past: &'t CStr, present: &'t CStr, tensor: &'t mut Tensor<'a>) {
+        self.input_names.push(past.as_ptr());
+        self.inputs.push(tensor.value.as_ptr());
+        self.output_names.push(present.as_ptr());
+        self.outputs.push(tensor.value.as_ptr());
+        self.addresses.push(tensor.address);
+    }
+
+    /// Where everything lies, in the order that it was given.
+    pub(crate) fn addresses(&self) -> &[usize] {
+        &self.addresses
+    }
+
+    /// Runs the graph. On an error the outputs hold anything; the caller must not use them.
+    pub(crate) fn run(self, session: &mut Session) -> Result<()> {
+        let mut run = Raw {
+            session: session.ptr().cast_mut(),
+            options: std::ptr::null(),
+            input_names: self.input_names,
+            inputs: self.inputs,
+            output_names: self.output_names,
+            outputs: self.outputs,
+        };
+        run.run()
+    }
+
+    /// The same on the worker's thread, for a session that captures. It leaves the call as it was, to be run again if that fails.
+    pub(crate) fn run_as(&self, session: &mut Session, worker: &Worker, how: As) -> Result<()> {
+        let id = match how {
+            // ONNX Runtime's word for a run that is not captured.
+            As::Itself => -1,
+            As::Captured(id) => id,
+        };
+        let mut options = RunOptions::new().map_err(EngineError::onnx("preparing a run"))?;
+        options
+            .set("gpu_graph_id", id.to_string())
+            .map_err(EngineError::onnx("preparing a run"))?;
+        worker.run(Raw {
+            session: session.ptr().cast_mut(),
+            options: options.ptr(),
+            input_names: self.input_names.clone(),
+            inputs: self.inputs.clone(),
+            output_names: self.output_names.clone(),
+            outputs: self.outputs.clone(),
+        })
     }
 }
 

@@ -1,17 +1,22 @@
-//! Memory on the device that a graph runs on. It is allocated by ONNX Runtime, and copied, wiped and rearranged by small graphs of its own
-//! ([`graphs`]), so that nothing here calls CUDA and the same code runs on the processor, where tests hold it against plain memory. Nothing
+//! Memory on the device that a graph runs on. It is allocated by ONNX Runtime, and copied, wiped, rearranged and searched by small graphs of
+//! its own ([`graphs`]), so that nothing here calls CUDA and the same code runs on the processor, where tests hold it against plain memory. Nothing
 //! outside this file and [`crate::call`] has an address of it to follow. It knows bytes; it knows nothing of models, turns and states.
 
 mod graphs;
 pub(crate) mod provider;
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::{CStr, CString};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
+use ort::value::TensorElementType;
 
 use self::provider::Provider;
+use crate::buffer::zeroed_words;
 use crate::call::{Call, Tensor};
 use crate::error::{EngineError, Result};
 use crate::runtime::Runtime;
@@ -19,23 +24,74 @@ use crate::runtime::Runtime;
 /// What the small graphs count in: every size here is a multiple of it.
 pub(crate) const WORD: usize = size_of::<i32>();
 
+/// What room on the host is a multiple of, so that what grows a little at a time seldom moves.
+const PAGE: usize = 4096;
+
 /// One device's memory. Its buffers keep it alive.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     provider: Provider,
     runtime: &'static Runtime,
     info: MemoryInfo<'static>,
-    // Before the sessions: the allocator is that of the copying one, and must go first.
+    // Before the sessions: the allocators are those of the copying one, and must go first.
     allocator: Mutex<Allocator>,
+    /// The host's memory that the device reads and writes by itself, where ONNX Runtime has any.
+    pinned: Option<Mutex<Allocator>>,
     moves: Mutex<Moves>,
 }
 
-/// The sessions of the small graphs. The one that copies is there from the start, the others are opened when they are first needed.
+/// The sessions of the small graphs. The one that copies one part is there from the start, the others are opened when they are first needed.
 #[derive(Debug)]
 struct Moves {
-    copy: Session,
-    zero: Option<Session>,
-    rows: Option<Session>,
+    of_parts: HashMap<(Move, usize), Mover>,
+    best: Option<Session>,
+}
+
+/// What is done to parts of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Move {
+    Copy,
+    Zero,
+    Rows,
+}
+
+/// One of these for so many parts at once.
+#[derive(Debug)]
+struct Mover {
+    session: Session,
+    from: Vec<CString>,
+    to: Vec<CString>,
+}
+
+impl Mover {
+    fn open(runtime: &Runtime, provider: Provider, kind: Move, parts: usize) -> Result<Self> {
+        let graph = match kind {
+            Move::Copy => graphs::copy,
+            Move::Zero => graphs::zero,
+            Move::Rows => graphs::rows,
+        };
+        // No name holds a NUL byte.
+        let names =
+            |of: fn(usize) -> String| (0..parts).map(move |part| CString::new(of(part)).unwrap_or_default());
+        Ok(Self {
+            session: provider.open_small(runtime, &graph(parts))?,
+            from: names(graphs::from).collect(),
+            to: names(graphs::to).collect(),
+        })
+    }
+}
+
+/// The best of rows of logits, as they came down.
+#[derive(Debug)]
+pub(crate) struct Best {
+    /// How many of each row.
+    pub(crate) count: usize,
+    /// The logits, [rows, count].
+    pub(crate) logits: Vec<f32>,
+    /// Whose they are, [rows, count].
+    pub(crate) ids: Vec<i64>,
+    /// Whether anything in the row is NaN, so that it says nothing.
+    pub(crate) wrong: Vec<bool>,
 }
 
 /// Bytes on the device, aligned for every element type. What is in them at first is anything.
@@ -53,6 +109,25 @@ unsafe impl Send for DeviceBuffer {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
 unsafe impl Sync for DeviceBuffer {}
+
+/// Bytes on the host for what goes to the device and comes from it step by step: such as the device reads and writes by itself while others go
+/// on (pinned), where there are any; else plain ones, which are copied once more on their way and waited for. Aligned for every element type.
+#[derive(Debug)]
+pub(crate) enum Staging {
+    Plain(Vec<u64>),
+    Pinned {
+        address: NonNull<u64>,
+        words: usize,
+        memory: Arc<DeviceMemory>,
+    },
+}
+
+// SAFETY: memory of the host that nobody else has the address of, which is freed on any thread.
+#[allow(unsafe_code)]
+unsafe impl Send for Staging {}
+// SAFETY: as above; it is written through exclusive borrows only.
+#[allow(unsafe_code)]
+unsafe impl Sync for Staging {}
 
 /// Rows of groups that lie one behind the other, [groups, rows, row], of which the first `used` of each group are moved into groups of
 /// `to` rows; the rows behind them become zero.
@@ -73,25 +148,36 @@ impl DeviceMemory {
     /// # Errors
     /// [`EngineError::Device`] with what is missing and what to do.
     pub(crate) fn open(runtime: &'static Runtime, provider: Provider) -> Result<Arc<Self>> {
-        let copy = provider.open_small(runtime, &graphs::copy())?;
+        let copy = Mover::open(runtime, provider, Move::Copy, 1)?;
         let (device, id) = match provider {
             Provider::Cuda { id, .. } => (AllocationDevice::CUDA, id),
             Provider::Host => (AllocationDevice::CPU, 0),
         };
         let info = MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
             .map_err(EngineError::onnx("describing the device's memory"))?;
-        let allocator = Allocator::new(&copy, info.to_owned())
+        let allocator = Allocator::new(&copy.session, info.to_owned())
             .map_err(EngineError::onnx("asking for the device's memory"))
             .map_err(|error| provider.explain(error))?;
+        let pinned = match provider {
+            Provider::Cuda { .. } => MemoryInfo::new(
+                AllocationDevice::CUDA_PINNED,
+                id,
+                AllocatorType::Device,
+                MemoryType::CPUOutput,
+            ),
+            // Where the processor plays the device all of its memory is.
+            Provider::Host => Ok(info.to_owned()),
+        };
+        let pinned = pinned.and_then(|info| Allocator::new(&copy.session, info)).ok();
         let memory = Arc::new(Self {
             provider,
             runtime,
             info,
             allocator: Mutex::new(allocator),
+            pinned: pinned.map(Mutex::new),
             moves: Mutex::new(Moves {
-                copy,
-                zero: None,
-                rows: None,
+                of_parts: HashMap::from([((Move::Copy, 1), copy)]),
+                best: None,
             }),
         });
         let sent = [7_u8; 8];
@@ -140,14 +226,125 @@ impl DeviceMemory {
         })
     }
 
-    /// Runs the graph that copies.
-    fn copy<'a>(&self, from: &Tensor<'a>, to: &mut Tensor<'a>) -> Result<()> {
+    /// At least `bytes` bytes of the host for what moves step by step, all zero. The host's own where the device has none, or no more.
+    pub(crate) fn staging(self: &Arc<Self>, bytes: usize) -> Result<Staging> {
+        let words = bytes.div_ceil(size_of::<u64>());
+        if words > 0
+            && let Some(pinned) = &self.pinned
+        {
+            let address = pinned
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .alloc::<u64>(words)
+                .map(|block| block.into_raw().cast::<u64>());
+            if let Some(address) = address.ok().and_then(NonNull::new) {
+                return Ok(Staging::zeroed(address, words, Arc::clone(self)));
+            }
+        }
+        zeroed_words(words).map(Staging::Plain)
+    }
+
+    /// What is kept in `kept` for what moves step by step, or something larger in its place.
+    pub(crate) fn room<'s>(
+        self: &Arc<Self>,
+        kept: &'s mut Option<Staging>,
+        bytes: usize,
+    ) -> Result<&'s mut Staging> {
+        if kept.as_ref().is_none_or(|staging| staging.len() < bytes) {
+            *kept = Some(self.staging(bytes.next_multiple_of(PAGE))?);
+        }
+        kept.as_mut().ok_or_else(|| in_words(bytes))
+    }
+
+    /// Does `work` while nobody else allocates, frees or moves anything here: calls that CUDA forbids while a run is captured.
+    pub(crate) fn quietly<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let _allocator = self.allocator.lock().unwrap_or_else(PoisonError::into_inner);
+        let _pinned = self
+            .pinned
+            .as_ref()
+            .map(|pinned| pinned.lock().unwrap_or_else(PoisonError::into_inner));
+        work()
+    }
+
+    /// Has something done to parts of memory, all at once: each of `to` is made of its `from`, if it is made of any, and of `more`.
+    fn work<'a>(
+        &self,
+        kind: Move,
+        from: &[Tensor<'a>],
+        more: &[(&'static CStr, Tensor<'a>)],
+        to: &mut [Tensor<'a>],
+    ) -> Result<()> {
         let mut moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let graph = match moves.of_parts.entry((kind, to.len())) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(new) => new.insert(Mover::open(self.runtime, self.provider, kind, to.len())?),
+        };
         let mut call = Call::default();
-        call.input(graphs::FROM, from);
-        call.output(graphs::TO, to);
-        call.run(&mut moves.copy)
+        for (name, part) in graph.from.iter().zip(from) {
+            call.input(name, part);
+        }
+        for (name, tensor) in more {
+            call.input(name, tensor);
+        }
+        for (name, part) in graph.to.iter().zip(to) {
+            call.output(name, part);
+        }
+        call.run(&mut graph.session)
             .map_err(|error| self.provider.explain(error))
+    }
+}
+
+impl Staging {
+    #[allow(unsafe_code)]
+    fn zeroed(address: NonNull<u64>, words: usize, memory: Arc<DeviceMemory>) -> Self {
+        // SAFETY: the block was allocated for so many words a moment ago, at an address that is aligned for them as all of the host's allocations
+        // are, and nobody else has it.
+        unsafe { address.write_bytes(0, words) };
+        Self::Pinned {
+            address,
+            words,
+            memory,
+        }
+    }
+
+    /// All of it.
+    #[allow(unsafe_code)]
+    pub(crate) fn words_mut(&mut self) -> &mut [u64] {
+        match self {
+            Self::Plain(words) => words,
+            // SAFETY: `words` words at `address` belong to this value, are initialised since it was made, and are borrowed as exclusively as it.
+            Self::Pinned { address, words, .. } => unsafe {
+                std::slice::from_raw_parts_mut(address.as_ptr(), *words)
+            },
+        }
+    }
+
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Plain(words) => size_of_val(words.as_slice()),
+            Self::Pinned { words, .. } => words * size_of::<u64>(),
+        }
+    }
+
+    /// The first `count` numbers of it.
+    pub(crate) fn floats_mut(&mut self, count: usize) -> &mut [f32] {
+        &mut bytemuck::cast_slice_mut(self.words_mut())[..count]
+    }
+}
+
+impl Drop for Staging {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if let Self::Pinned { address, memory, .. } = self
+            && let Some(pinned) = &memory.pinned
+        {
+            let pinned = pinned.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the address came from this allocator in `DeviceMemory::staging` and is given back once; a run that used it is over, as
+            // it borrowed it.
+            unsafe { pinned.free(address.as_ptr()) }
+        }
     }
 }
 
@@ -171,8 +368,8 @@ impl DeviceBuffer {
     pub(crate) fn upload(&mut self, start: usize, bytes: &[u8]) -> Result<()> {
         let words: &[i32] = bytemuck::try_cast_slice(bytes).map_err(|_| in_words(bytes.len()))?;
         let from = Tensor::input(words, &[words.len()])?;
-        let mut to = Tensor::words(self, start, &[words.len()])?;
-        self.memory.copy(&from, &mut to)
+        let to = Tensor::words(self, start, &[words.len()])?;
+        self.memory.work(Move::Copy, &[from], &[], &mut [to])
     }
 
     /// Reads what is there from `start` on.
@@ -181,8 +378,8 @@ impl DeviceBuffer {
         let words: &mut [i32] = bytemuck::try_cast_slice_mut(bytes).map_err(|_| in_words(count))?;
         let shape = [words.len()];
         let from = Tensor::words(self, start, &shape)?;
-        let mut to = Tensor::output(words, &shape)?;
-        self.memory.copy(&from, &mut to)
+        let to = Tensor::output(words, &shape)?;
+        self.memory.work(Move::Copy, &[from], &[], &mut [to])
     }
 
     /// Copies `bytes` bytes of another buffer.
@@ -193,44 +390,72 @@ impl DeviceBuffer {
         other_start: usize,
         bytes: usize,
     ) -> Result<()> {
-        let shape = [in_whole_words(bytes)?];
-        let from = Tensor::words(other, other_start, &shape)?;
-        let mut to = Tensor::words(self, start, &shape)?;
-        self.memory.copy(&from, &mut to)
+        Self::copy_all(&mut [self], start, &[other], other_start, bytes)
     }
 
-    /// Has two parts that do not overlap change places.
-    pub(crate) fn swap(&mut self, a: usize, b: usize, bytes: usize) -> Result<()> {
-        let mut aside = self.memory.allocate(bytes)?;
-        aside.copy(0, self, a, bytes)?;
-        let shape = [in_whole_words(bytes)?];
-        let from = Tensor::words(self, b, &shape)?;
-        let mut to = Tensor::words(self, a, &shape)?;
-        self.memory.copy(&from, &mut to)?;
-        drop((from, to));
-        self.copy(b, &aside, 0, bytes)
+    /// The same between many, in the same place of each.
+    pub(crate) fn copy_all(
+        buffers: &mut [&mut Self],
+        start: usize,
+        others: &[&Self],
+        other_start: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        let to: Vec<_> = buffers.iter().map(|buffer| &**buffer).collect();
+        copies(&to, start, others, other_start, bytes)
+    }
+
+    /// Has two parts that do not overlap change places, in each of these. On an error they are as they were, as far as the device does anything.
+    pub(crate) fn swap_all(buffers: &mut [&mut Self], a: usize, b: usize, bytes: usize) -> Result<()> {
+        let aside = buffers
+            .iter()
+            .map(|buffer| buffer.memory.allocate(bytes))
+            .collect::<Result<Vec<_>>>()?;
+        let aside: Vec<_> = aside.iter().collect();
+        let buffers: Vec<_> = buffers.iter().map(|buffer| &**buffer).collect();
+        copies(&aside, 0, &buffers, a, bytes)?;
+        copies(&buffers, a, &buffers, b, bytes).inspect_err(|_| {
+            // What was there first is what is told of.
+            let _ = copies(&buffers, a, &aside, 0, bytes);
+        })?;
+        copies(&buffers, b, &aside, 0, bytes).inspect_err(|_| {
+            let _ = copies(&buffers, b, &buffers, a, bytes);
+            let _ = copies(&buffers, a, &aside, 0, bytes);
+        })
     }
 
     /// Writes zeros over `bytes` bytes.
     pub(crate) fn zero(&mut self, start: usize, bytes: usize) -> Result<()> {
-        if bytes == 0 {
+        Self::zero_all(&mut [self], start, bytes)
+    }
+
+    /// The same in each of these.
+    pub(crate) fn zero_all(buffers: &mut [&mut Self], start: usize, bytes: usize) -> Result<()> {
+        let Some(memory) = buffers
+            .first()
+            .map(|buffer| Arc::clone(&buffer.memory))
+            .filter(|_| bytes > 0)
+        else {
             return Ok(());
-        }
+        };
         let words = in_whole_words(bytes)?;
         let size = [i64::try_from(words).unwrap_or(i64::MAX)];
         let size = Tensor::input(&size, &[1])?;
-        let mut to = Tensor::words(self, start, &[words])?;
-        let memory = &self.memory;
-        let mut moves = memory.moves.lock().unwrap_or_else(PoisonError::into_inner);
-        let session = opened(&mut moves.zero, memory, graphs::zero)?;
-        let mut call = Call::default();
-        call.input(graphs::SIZE, &size);
-        call.output(graphs::TO, &mut to);
-        call.run(session).map_err(|error| memory.provider.explain(error))
+        let mut to = buffers
+            .iter()
+            .map(|buffer| Tensor::words(buffer, start, &[words]))
+            .collect::<Result<Vec<_>>>()?;
+        memory.work(Move::Zero, &[], &[(graphs::SIZE, size)], &mut to)
     }
 
-    /// Moves rows of another buffer, from its `other_start` on, into this one's part that begins at `start`.
-    pub(crate) fn rows(&mut self, start: usize, other: &Self, other_start: usize, rows: Rows) -> Result<()> {
+    /// Moves rows of other buffers, from their `other_start` on, into the parts of these that begin at `start`.
+    pub(crate) fn rows_all(
+        buffers: &mut [&mut Self],
+        start: usize,
+        others: &[&Self],
+        other_start: usize,
+        rows: Rows,
+    ) -> Result<()> {
         let Rows {
             groups,
             from: from_rows,
@@ -239,30 +464,112 @@ impl DeviceBuffer {
             row,
         } = rows;
         debug_assert!(used <= from_rows && used <= to_rows);
+        let Some(memory) = buffers.first().map(|buffer| Arc::clone(&buffer.memory)) else {
+            return Ok(());
+        };
         let of = |rows: usize| groups * rows * row;
         if used == 0 {
-            return self.zero(start, of(to_rows));
+            return Self::zero_all(buffers, start, of(to_rows));
         }
         if from_rows == to_rows {
-            return self.copy(start, other, other_start, of(to_rows));
+            return Self::copy_all(buffers, start, others, other_start, of(to_rows));
         }
         let words = in_whole_words(row)?;
         let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
         let take = [number(used)];
         let size = [number(groups), number(to_rows - used), number(words)];
-        let from = Tensor::words(other, other_start, &[groups, from_rows, words])?;
-        let take = Tensor::input(&take, &[1])?;
-        let size = Tensor::input(&size, &[3])?;
-        let mut to = Tensor::words(self, start, &[groups, to_rows, words])?;
+        let more = [
+            (graphs::TAKE, Tensor::input(&take, &[1])?),
+            (graphs::SIZE, Tensor::input(&size, &[3])?),
+        ];
+        let from = others
+            .iter()
+            .map(|other| Tensor::words(other, other_start, &[groups, from_rows, words]))
+            .collect::<Result<Vec<_>>>()?;
+        let mut to = buffers
+            .iter()
+            .map(|buffer| Tensor::words(buffer, start, &[groups, to_rows, words]))
+            .collect::<Result<Vec<_>>>()?;
+        memory.work(Move::Rows, &from, &more, &mut to)
+    }
+}
+
+/// Copies parts of buffers into parts of buffers, which may be the same where the parts do not overlap. The callers hold `to` exclusively.
+fn copies(
+    to: &[&DeviceBuffer],
+    start: usize,
+    from: &[&DeviceBuffer],
+    from_start: usize,
+    bytes: usize,
+) -> Result<()> {
+    let Some(first) = to.first() else {
+        return Ok(());
+    };
+    let shape = [in_whole_words(bytes)?];
+    let from = from
+        .iter()
+        .map(|buffer| Tensor::words(buffer, from_start, &shape))
+        .collect::<Result<Vec<_>>>()?;
+    let mut to = to
+        .iter()
+        .map(|buffer| Tensor::words(buffer, start, &shape))
+        .collect::<Result<Vec<_>>>()?;
+    first.memory.work(Move::Copy, &from, &[], &mut to)
+}
+
+impl DeviceBuffer {
+    /// The `count` largest numbers of each of the first `rows` rows, float32 [rows, words], and whose they are. Which of those that equal the
+    /// last are among them is anybody's guess. They come down through `staging`.
+    pub(crate) fn best(
+        &self,
+        rows: usize,
+        words: usize,
+        count: usize,
+        staging: &mut Option<Staging>,
+    ) -> Result<Best> {
+        let number = size_of::<f32>();
+        let shape = [rows, count];
+        let logits = Tensor::device(
+            self,
+            0,
+            rows * words * number,
+            &[rows, words],
+            TensorElementType::Float32,
+            number,
+        )?;
+        let wanted = [i64::try_from(count).unwrap_or(i64::MAX)];
+        let wanted = Tensor::input(&wanted, &[1])?;
         let memory = &self.memory;
+        // Ids first, which are the longest numbers.
+        let room = rows * count * size_of::<i64>() + (rows * count + rows) * number;
+        let staging = memory.room(staging, room)?;
         let mut moves = memory.moves.lock().unwrap_or_else(PoisonError::into_inner);
-        let session = opened(&mut moves.rows, memory, graphs::rows)?;
+        let (ids, floats) = staging.words_mut().split_at_mut(rows * count);
+        let ids: &mut [i64] = bytemuck::cast_slice_mut(ids);
+        let (values, floats) = bytemuck::cast_slice_mut::<u64, f32>(floats).split_at_mut(rows * count);
+        let wrong = &mut floats[..rows];
+        let mut to_values = Tensor::output(values, &shape)?;
+        let mut to_ids = Tensor::output(ids, &shape)?;
+        let mut to_wrong = Tensor::output(wrong, &[rows])?;
+        let session = match &mut moves.best {
+            Some(session) => session,
+            none => none.insert(memory.provider.open_small(memory.runtime, &graphs::best())?),
+        };
         let mut call = Call::default();
-        call.input(graphs::FROM, &from);
-        call.input(graphs::TAKE, &take);
-        call.input(graphs::SIZE, &size);
-        call.output(graphs::TO, &mut to);
-        call.run(session).map_err(|error| memory.provider.explain(error))
+        call.input(graphs::LOGITS, &logits);
+        call.input(graphs::COUNT, &wanted);
+        call.output(graphs::VALUES, &mut to_values);
+        call.output(graphs::IDS, &mut to_ids);
+        call.output(graphs::WRONG, &mut to_wrong);
+        call.run(session)
+            .map_err(|error| memory.provider.explain(error))?;
+        drop((to_values, to_ids, to_wrong));
+        Ok(Best {
+            count,
+            logits: values.to_vec(),
+            ids: ids.to_vec(),
+            wrong: wrong.iter().map(|&mark| mark > 0.0).collect(),
+        })
     }
 }
 
@@ -278,19 +585,6 @@ impl Drop for DeviceBuffer {
         // a run borrows its tensors, and ONNX Runtime waits for the device before it returns.
         unsafe { allocator.free(self.address.as_ptr()) }
     }
-}
-
-fn opened<'s>(
-    session: &'s mut Option<Session>,
-    memory: &DeviceMemory,
-    graph: fn() -> Vec<u8>,
-) -> Result<&'s mut Session> {
-    if session.is_none() {
-        *session = Some(memory.provider.open_small(memory.runtime, &graph())?);
-    }
-    session.as_mut().ok_or_else(|| {
-        EngineError::Device("a graph that moves memory is not there; please report this".into())
-    })
 }
 
 fn in_whole_words(bytes: usize) -> Result<usize> {

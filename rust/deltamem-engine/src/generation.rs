@@ -148,7 +148,7 @@ impl Generation {
         if let Some(prefix) = prefix {
             prefix.check(&model)?;
         }
-        if prompt.is_empty() && session.logits().is_empty() && prefix.is_none() {
+        if prompt.is_empty() && !session.has_logits() && prefix.is_none() {
             return Err(EngineError::Session(
                 "there is nothing to go on from: the turn is empty and so is the prompt; pass a prompt, or feed() first".into(),
             ));
@@ -259,19 +259,22 @@ impl Generation {
     fn step(&mut self, session: &mut Session, interrupt: Interrupt<'_>) -> Result<String> {
         let started = Instant::now();
         let energy = self.options.measure.then_some(&mut self.energy);
-        if self.prompt_read {
+        // What this reply's options need; whoever goes on from here with others has all of them.
+        session.set_enough(Some(&self.options.sampling));
+        let read = if self.prompt_read {
             session.stream();
-            session.read_pending(energy, interrupt)?;
+            session.read_pending(energy, interrupt)
         } else {
-            session.read(&self.prompt, &self.prompt_writes, None, energy, interrupt)?;
-            self.prompt_read = true;
-        }
+            session.read(&self.prompt, &self.prompt_writes, None, energy, interrupt)
+        };
+        session.set_enough(None);
+        read?;
+        self.prompt_read = true;
         if session.position() >= session.model().context_length() {
             self.finish(FinishReason::Context);
             return Ok(self.flush());
         }
-        let (sampler, logits, recent) = session.sampling_parts();
-        let token = sampler.sample(&self.options.sampling, logits, recent)?;
+        let token = session.sample(&self.options.sampling)?;
         let elapsed = started.elapsed();
         self.stats.tokens += 1;
         match self.stats.time_to_first_token {
@@ -279,6 +282,10 @@ impl Generation {
             Some(_) => self.stats.decode_time += elapsed,
         }
         if self.eos.contains(&token) {
+            // It is not read, so a later reply in this turn may go on from the same logits.
+            if !self.options.end_turn {
+                session.keep_logits()?;
+            }
             self.finish(FinishReason::Eos);
             return Ok(self.flush());
         }

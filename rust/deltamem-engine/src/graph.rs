@@ -3,15 +3,16 @@
 //! after them.
 
 use std::ffi::CString;
+use std::sync::Arc;
 
 use ort::session::{Session as OnnxSession, builder::GraphOptimizationLevel};
 use ort::value::{Outlet, TensorElementType, ValueType};
 
-use crate::buffer::Part;
+use crate::buffer::{Home, Part};
 use crate::bundle::{Bundle, ElementType, Manifest};
-use crate::call::{Call, Tensor};
+use crate::call::{As, Call, Element, Tensor};
+use crate::captures::{Captures, Packed};
 use crate::device::DeviceBuffer;
-use crate::device::provider::Provider;
 use crate::error::{EngineError, Result};
 use crate::kv::KvTensor;
 use crate::memory::{Numbers, NumbersMut};
@@ -31,6 +32,8 @@ const SPIN_US: &str = "20";
 /// One graph in ONNX Runtime, and the small inputs of a run that are the same for every session.
 #[derive(Debug)]
 pub(crate) struct Graph {
+    /// How steps are captured, where they are. Its thread ends before the session does.
+    captures: Option<Captures>,
     session: OnnxSession,
     mask: Vec<i64>,
     positions: Vec<i64>,
@@ -74,7 +77,7 @@ pub(crate) struct Run<'a> {
     /// What the corrections are multiplied by; other than 1 it takes the measured graph.
     pub(crate) strength: f32,
     /// Where the logits go, float32 [rows, vocab].
-    pub(crate) logits: &'a mut [f32],
+    pub(crate) logits: NumbersMut<'a>,
     /// What else is wanted; B is 1 then.
     pub(crate) measures: Measures<'a>,
 }
@@ -190,9 +193,14 @@ impl Graph {
         bundle: &Bundle,
         options: &LoadOptions,
         names: &Names,
-        provider: Option<Provider>,
+        home: &Home,
         measured: bool,
     ) -> Result<Self> {
+        let provider = home.as_ref().map(|memory| memory.provider());
+        let captures = match home {
+            Some(memory) if options.cuda_graphs && !measured => Some(Captures::new(Arc::clone(memory))?),
+            _ => None,
+        };
         let graph = &bundle.manifest().graph;
         let file = if measured {
             graph.measured_file.as_deref().ok_or_else(|| {
@@ -226,17 +234,23 @@ impl Graph {
                 .map_err(EngineError::onnx("setting the number of threads"))?;
         }
         if let Some(provider) = provider {
-            builder = provider.register(builder)?;
+            builder = provider.register(builder, captures.is_some())?;
         }
         let session = builder
             .commit_from_file(bundle.path(file))
             .map_err(EngineError::onnx("loading the graph"))
-            .map_err(|error| match provider {
-                Some(provider) => provider.explain(error),
-                None => error,
+            .map_err(|error| match (provider, error) {
+                (Some(_), EngineError::Onnx { message, .. }) if captures.is_some() && message.contains("graph capture") => {
+                    EngineError::Unsupported(format!(
+                        "cuda_graphs=True, but ONNX Runtime cannot capture the graph {file}; leave cuda_graphs out. ONNX Runtime says: {message}"
+                    ))
+                }
+                (Some(provider), error) => provider.explain(error),
+                (None, error) => error,
             })?;
         check_graph(&session, bundle.manifest(), names, measured, file)?;
         Ok(Self {
+            captures,
             session,
             mask: Vec::new(),
             positions: Vec::new(),
@@ -259,8 +273,25 @@ impl Graph {
     }
 
     /// Runs. On an error nothing but the run's own output buffers was touched.
-    #[allow(clippy::too_many_lines)] // tensor after tensor, all of them borrowed until the run
     pub(crate) fn run(&mut self, model: &Model, run: Run<'_>) -> Result<()> {
+        let fixed = self.captures(&run);
+        let Some(memory) = model.home().as_ref().filter(|_| fixed) else {
+            return self.run_bound(model, run, false);
+        };
+        let Run { logits, .. } = run;
+        let NumbersMut::Host(numbers) = logits else {
+            return self.run_bound(model, Run { logits, ..run }, true);
+        };
+        // What is captured writes nothing on the host: logits that are wanted there are brought behind it.
+        let mut buffer = memory.allocate(size_of_val(numbers))?;
+        let logits = NumbersMut::Device(&mut buffer);
+        self.run_bound(model, Run { logits, ..run }, true)?;
+        buffer.download(0, bytemuck::cast_slice_mut(numbers))
+    }
+
+    /// Runs with everything where it is to lie; `fixed` is a step that looks the same until its caches grow.
+    #[allow(clippy::too_many_lines)] // tensor after tensor, all of them borrowed until the run
+    fn run_bound(&mut self, model: &Model, run: Run<'_>, fixed: bool) -> Result<()> {
         let Run {
             tokens,
             past: lengths,
@@ -278,6 +309,8 @@ impl Graph {
         let count = tokens.len() / batch.max(1);
         let total = lengths.iter().max().map_or(count, |past| past + count);
         let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let manifest = model.manifest();
+        let total = if fixed { turn.shapes[0][2] } else { total };
         // Of the mask only the ones of a row count: padding stands behind.
         self.mask.clear();
         for past in lengths {
@@ -299,12 +332,28 @@ impl Graph {
         let [layers, heads, rank, _] = model.geometry().shape();
         let memory_shape = [batch, layers, heads, rank, rank];
         let names = model.names();
-        let manifest = model.manifest();
+        self.positions.clear();
+        if manifest.graph.position_ids {
+            for &past in lengths {
+                self.positions.extend((past..past + count).map(number));
+            }
+        }
 
-        let input_ids = Tensor::input(tokens, &[batch, count])?;
-        let attention_mask = Tensor::input(&self.mask, &[batch, total])?;
-        let write_mask = Tensor::input(&self.write, &[batch, count])?;
-        let logits_rows = Tensor::input(&self.rows, &[self.rows.len()])?;
+        let packed = match &mut self.captures {
+            Some(captures) if fixed => Some(captures.bring(&[
+                bytemuck::cast_slice(tokens),
+                bytemuck::cast_slice(&self.mask),
+                bytemuck::cast_slice(&self.write),
+                bytemuck::cast_slice(&self.rows),
+                bytemuck::cast_slice(&self.positions),
+            ])?),
+            _ => None,
+        };
+        let packed = packed.as_ref();
+        let input_ids = small_tensor(packed, 0, tokens, &[batch, count])?;
+        let attention_mask = small_tensor(packed, 1, &self.mask, &[batch, total])?;
+        let write_mask = small_tensor(packed, 2, &self.write, &[batch, count])?;
+        let logits_rows = small_tensor(packed, 3, &self.rows, &[self.rows.len()])?;
         let past = match past_memory {
             Numbers::Host(numbers) => Tensor::input(numbers, &memory_shape)?,
             Numbers::Device(buffer, start) => device_tensor(buffer, start, &memory_shape)?,
@@ -313,7 +362,11 @@ impl Graph {
             NumbersMut::Host(numbers) => Tensor::output(numbers, &memory_shape)?,
             NumbersMut::Device(buffer) => device_tensor(buffer, 0, &memory_shape)?,
         };
-        let mut wanted = Tensor::output(logits, &[self.rows.len(), model.vocab()])?;
+        let logits_shape = [self.rows.len(), model.vocab()];
+        let mut wanted = match logits {
+            NumbersMut::Host(numbers) => Tensor::output(numbers, &logits_shape)?,
+            NumbersMut::Device(buffer) => device_tensor(buffer, 0, &logits_shape)?,
+        };
         let (mut caches, mut states) = turn_tensors(turn, batch, manifest)?;
         let (position_ids, strengths, span_inputs);
         let (mut energies, mut queries, mut gates, mut present_spans);
@@ -322,11 +375,7 @@ impl Graph {
         call.input(&names.input_ids, &input_ids);
         call.input(&names.attention_mask, &attention_mask);
         if manifest.graph.position_ids {
-            self.positions.clear();
-            for &past in lengths {
-                self.positions.extend((past..past + count).map(number));
-            }
-            position_ids = Tensor::input(&self.positions, &[batch, count])?;
+            position_ids = small_tensor(packed, 4, &self.positions, &[batch, count])?;
             call.input(&names.position_ids, &position_ids);
         }
         call.input(&names.write_mask, &write_mask);
@@ -391,10 +440,82 @@ impl Graph {
             gates = Tensor::output(wanted, &[batch, count, layers, kinds, width])?;
             call.output(&names.gates, &mut gates);
         }
-        call.run(&mut self.session).map_err(|error| match model.home() {
+        match &mut self.captures {
+            None => call.run(&mut self.session),
+            Some(captures) => {
+                let sizes = fixed.then_some([batch, total]);
+                run_captured(captures, &mut self.session, model, &call, sizes)
+            }
+        }
+        .map_err(|error| match model.home() {
             Some(memory) => memory.provider().explain(error),
             None => error,
         })
+    }
+
+    /// Whether this is a step that is captured.
+    fn captures(&self, run: &Run<'_>) -> bool {
+        run.tokens.len() == run.past.len()
+            && self.captures.as_ref().is_some_and(Captures::on)
+            && matches!(run.past_memory, Numbers::Device(..))
+            && matches!(run.present_memory, NumbersMut::Device(_))
+    }
+}
+
+/// Runs a call on the thread of a session that captures: as a capture of its own kind where it is a step of these sizes, else by itself. A step
+/// that cannot be captured runs by itself, and none is captured after it.
+fn run_captured(
+    captures: &mut Captures,
+    session: &mut OnnxSession,
+    model: &Model,
+    call: &Call<'_, '_>,
+    step: Option<[usize; 2]>,
+) -> Result<()> {
+    let Some(sizes) = step else {
+        return call.run_as(session, captures.worker(), As::Itself);
+    };
+    let mut key = call.addresses().to_vec();
+    key.extend(sizes);
+    let (how, first) = captures.like(key);
+    let done = if first {
+        // ONNX Runtime captures in CUDA's strictest mode, in which no other thread may allocate.
+        captures
+            .memory()
+            .quietly(|| call.run_as(session, captures.worker(), how))
+    } else {
+        call.run_as(session, captures.worker(), how)
+    };
+    match (done, how) {
+        (Err(error), As::Captured(_)) => {
+            captures.give_up();
+            model.not_captured(&error);
+            call.run_as(session, captures.worker(), As::Itself)
+        }
+        (Ok(()), As::Captured(_)) => {
+            model.counters.captured(captures.count());
+            Ok(())
+        }
+        (done, As::Itself) => done,
+    }
+}
+
+/// A small input: where it was brought to, or on the host.
+fn small_tensor<'a, T: Element>(
+    packed: Option<&'a Packed>,
+    index: usize,
+    numbers: &'a [T],
+    shape: &[usize],
+) -> Result<Tensor<'a>> {
+    match packed {
+        None => Tensor::input(numbers, shape),
+        Some(Packed { buffer, starts }) => Tensor::device(
+            buffer,
+            starts[index],
+            size_of_val(numbers),
+            shape,
+            T::TYPE,
+            size_of::<T>(),
+        ),
     }
 }
 

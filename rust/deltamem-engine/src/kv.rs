@@ -132,19 +132,12 @@ impl KvCache {
                 rows: new_rows,
             },
         );
-        let mut grown = Vec::with_capacity(self.buffers.len());
-        for old in &self.buffers {
-            let mut new = Buffer::zeroed(bytes, &self.home)?;
-            if self.len > 0 {
-                new.copy_rows(to, old, from, self.layout.heads, self.len, row)?;
-            }
-            grown.push(new);
+        let mut grown = Buffer::many_zeroed(self.buffers.len(), bytes, &self.home)?;
+        if self.len > 0 {
+            let (heads, len) = (self.layout.heads, self.len);
+            Buffer::copy_rows(&mut grown, to, &self.buffers, from, heads, len, row)?;
         }
-        let presents = self
-            .presents
-            .iter()
-            .map(|_| Buffer::zeroed(bytes, &self.home))
-            .collect::<Result<Vec<_>>>()?;
+        let presents = Buffer::many_zeroed(self.presents.len(), bytes, &self.home)?;
         self.buffers = grown;
         self.presents = presents;
         self.capacity = capacity;
@@ -183,14 +176,14 @@ impl KvCache {
         }
     }
 
-    /// Copies the rows of one buffer into another's groups of heads.
-    pub(crate) fn copy_rows(&self, buffer: usize, to: &mut Buffer, groups: Groups) -> Result<()> {
+    /// Copies the rows of each buffer into another's groups of heads.
+    pub(crate) fn copy_rows(&self, to: &mut [Buffer], groups: Groups) -> Result<()> {
         let from = Groups {
             start: 0,
             rows: self.shapes(0)[0][2],
         };
         let (heads, row) = (self.layout.heads, self.row());
-        to.copy_rows(groups, &self.buffers[buffer], from, heads, self.len, row)
+        Buffer::copy_rows(to, groups, &self.buffers, from, heads, self.len, row)
     }
 
     /// A copy with the rows of another cache of the same model.
@@ -200,9 +193,7 @@ impl KvCache {
         copy.len = other.len;
         copy.written = other.len;
         let rows = copy.shapes(0)[0][2];
-        for (index, buffer) in copy.buffers.iter_mut().enumerate() {
-            other.copy_rows(index, buffer, Groups { start: 0, rows })?;
-        }
+        other.copy_rows(&mut copy.buffers, Groups { start: 0, rows })?;
         Ok(copy)
     }
 
@@ -242,8 +233,8 @@ impl KvCache {
         } else {
             written
         };
-        for buffer in self.buffers.iter_mut().chain(&mut self.presents) {
-            buffer.wipe(Groups { start: 0, rows }, heads, written, row)?;
+        for buffers in [&mut self.buffers, &mut self.presents] {
+            Buffer::wipe(buffers, Groups { start: 0, rows }, heads, written, row)?;
         }
         self.len = 0;
         self.written = 0;

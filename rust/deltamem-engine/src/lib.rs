@@ -9,12 +9,14 @@
 mod buffer;
 pub mod bundle;
 mod call;
+mod captures;
 mod device;
 pub mod error;
 pub mod generation;
 mod graph;
 pub mod health;
 mod kv;
+mod logits;
 pub mod memory;
 pub mod model;
 mod operator;

@@ -142,6 +142,8 @@ pub struct LoadOptions {
     pub graph: GraphChoice,
     /// Whether float32 products on a card may be rounded to TF32, which is faster and loses 10 of 23 bits.
     pub tf32: bool,
+    /// Whether a card captures steps of one token as CUDA graphs and replays them.
+    pub cuda_graphs: bool,
 }
 
 impl Default for LoadOptions {
@@ -153,6 +155,7 @@ impl Default for LoadOptions {
             max_batch: MAX_BATCH,
             graph: GraphChoice::Auto,
             tf32: false,
+            cuda_graphs: false,
         }
     }
 }
@@ -191,6 +194,8 @@ pub struct Model {
     pub(crate) released: parking_lot::Mutex<Vec<Key>>,
     /// Why sessions run one after another, if they do.
     pub(crate) unbatched: OnceLock<String>,
+    /// Why steps are not captured, if they are not.
+    uncaptured: OnceLock<String>,
     /// Whether turns have slots in the pool.
     pooled: bool,
     pub(crate) counters: Counters,
@@ -212,6 +217,9 @@ impl Model {
             failed: false,
         };
         match options.device {
+            Device::Cpu if options.cuda_graphs => Err(EngineError::Value(
+                "cuda_graphs=True with device='cpu', expected a card: a CUDA graph is captured on one; leave one of them out".into(),
+            )),
             Device::Cpu => Self::on_cpu(runtime, bundle, options, asked("cpu")),
             Device::Cuda(id) => {
                 expect_cuda(runtime).map_err(NoCuda::error)?;
@@ -300,6 +308,11 @@ impl Model {
         home: Home,
     ) -> Result<Arc<Self>> {
         let manifest = bundle.manifest();
+        let uncaptured = OnceLock::new();
+        if let Some(why) = not_captured(manifest, &options, &home)? {
+            options.cuda_graphs = false;
+            uncaptured.get_or_init(|| why.to_owned());
+        }
         let provider = home.as_ref().map(|memory| memory.provider());
         if provider.is_some_and(|provider| provider.card().is_some()) {
             if matches!(options.graph, GraphChoice::Fused | GraphChoice::Blocks) {
@@ -328,7 +341,7 @@ impl Model {
         let names = Names::new(manifest);
         let text = Text::load(bundle.dir(), manifest)?;
         let template = ChatTemplate::load(bundle.dir(), manifest)?;
-        let graph = Graph::open(runtime, &bundle, &options, &names, provider, false)?;
+        let graph = Graph::open(runtime, &bundle, &options, &names, &home, false)?;
         let unbatched = OnceLock::new();
         if let Some(why) = one_after_another(manifest, &graph, options.max_batch) {
             unbatched.get_or_init(|| why.to_owned());
@@ -347,6 +360,7 @@ impl Model {
             works: parking_lot::Mutex::new(Works::new(graph, KvPool::new(kv_layout, most, home.clone()))),
             released: parking_lot::Mutex::new(Vec::new()),
             unbatched,
+            uncaptured,
             pooled,
             counters: Counters::default(),
             measured: OnceLock::new(),
@@ -447,6 +461,17 @@ impl Model {
     /// Why sessions run one after another, if they do.
     pub fn unbatched(&self) -> Option<&str> {
         self.unbatched.get().map(String::as_str)
+    }
+
+    /// Why steps are not captured as CUDA graphs, if they are not.
+    pub fn uncaptured(&self) -> Option<&str> {
+        self.uncaptured.get().map(String::as_str)
+    }
+
+    /// A step could not be captured.
+    pub(crate) fn not_captured(&self, error: &EngineError) {
+        self.uncaptured
+            .get_or_init(|| format!("a step could not be captured as a CUDA graph: {error}"));
     }
 
     /// Whether turns have slots in the pool.
@@ -576,13 +601,12 @@ impl Model {
         if let Some(graph) = self.measured.get() {
             return Ok(graph);
         }
-        let provider = self.home.as_ref().map(|memory| memory.provider());
         let graph = Graph::open(
             self.runtime,
             &self.bundle,
             &self.options,
             &self.names,
-            provider,
+            &self.home,
             true,
         )?;
         Ok(self.measured.get_or_init(|| Mutex::new(graph)))
@@ -606,6 +630,32 @@ fn cuda(runtime: &'static Runtime, id: u16, tf32: bool) -> std::result::Result<A
 pub fn examine_cuda(runtime: &'static Runtime) -> Result<String> {
     let memory = cuda(runtime, 0, false).map_err(NoCuda::error)?;
     Ok(format!("{} answers", memory.provider()))
+}
+
+/// Why no step is captured as a CUDA graph, if none is.
+///
+/// # Errors
+/// [`EngineError::Unsupported`] where it was asked for and the bundle's graph cannot be captured.
+fn not_captured(manifest: &Manifest, options: &LoadOptions, home: &Home) -> Result<Option<&'static str>> {
+    let graph = &manifest.graph;
+    if !options.cuda_graphs {
+        return Ok(Some("cuda_graphs was not asked for"));
+    }
+    if home.is_none() {
+        return Ok(Some("the graph runs on the CPU"));
+    }
+    let why = if !graph.shared_kv {
+        "keeps past and present keys and values apart (graph.shared_kv is false), so that every step has other shapes"
+    } else if !graph.states.is_empty() {
+        "carries states inside a turn that lie on the host (graph.states)"
+    } else if graph.span_width.is_some() {
+        "writes spans, whose number differs from run to run (graph.span_width)"
+    } else {
+        return Ok(None);
+    };
+    Err(EngineError::Unsupported(format!(
+        "cuda_graphs=True, but the bundle's graph {why}; leave cuda_graphs out"
+    )))
 }
 
 /// Why the sessions of a bundle cannot step together, if they cannot.

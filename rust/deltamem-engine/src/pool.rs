@@ -192,10 +192,7 @@ impl KvPool {
         let start = place.slot * self.slot_bytes(place.block);
         let block = &mut self.blocks[place.block];
         let rows = block.capacity;
-        for (index, buffer) in block.buffers.iter_mut().enumerate() {
-            from.copy_rows(index, buffer, Groups { start, rows })?;
-        }
-        Ok(())
+        from.copy_rows(&mut block.buffers, Groups { start, rows })
     }
 
     /// Bytes of all buffers.
@@ -311,24 +308,19 @@ impl KvPool {
             })?;
         let (row, heads) = (self.row(), self.layout.heads);
         let found = &mut self.blocks[block];
-        let mut grown = Vec::with_capacity(self.layout.buffers);
-        for index in 0..self.layout.buffers {
-            let mut new = Buffer::zeroed(bytes, &self.home)?;
-            if let Some(old) = found.buffers.get(index) {
-                for (slot, held) in found
-                    .slots
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, held)| held.written > 0)
-                {
-                    let of = |rows: usize| Groups {
-                        start: slot * heads * rows * row,
-                        rows,
-                    };
-                    new.copy_rows(of(capacity), old, of(found.capacity), heads, held.written, row)?;
-                }
-            }
-            grown.push(new);
+        let mut grown = Buffer::many_zeroed(self.layout.buffers, bytes, &self.home)?;
+        for (slot, held) in found
+            .slots
+            .iter()
+            .enumerate()
+            .filter(|(_, held)| held.written > 0)
+        {
+            let of = |rows: usize| Groups {
+                start: slot * heads * rows * row,
+                rows,
+            };
+            let (new, old) = (of(capacity), of(found.capacity));
+            Buffer::copy_rows(&mut grown, new, &found.buffers, old, heads, held.written, row)?;
         }
         found.buffers = grown;
         found.capacity = capacity;
@@ -344,9 +336,7 @@ impl KvPool {
         );
         let block = &mut self.blocks[place.block];
         let (rows, used) = (block.capacity, block.slots[place.slot].written);
-        for buffer in &mut block.buffers {
-            buffer.wipe(Groups { start, rows }, heads, used, row)?;
-        }
+        Buffer::wipe(&mut block.buffers, Groups { start, rows }, heads, used, row)?;
         block.slots[place.slot].written = 0;
         Ok(())
     }
@@ -371,9 +361,8 @@ impl KvPool {
             };
             let (new_rows, old_rows) = (of(slot, target.capacity), of(from.slot, source.capacity));
             if held.len > 0 {
-                for (new, old) in target.buffers.iter_mut().zip(&source.buffers) {
-                    new.copy_rows(new_rows, old, old_rows, heads, held.len, row)?;
-                }
+                let (new, old) = (&mut target.buffers, &source.buffers);
+                Buffer::copy_rows(new, new_rows, old, old_rows, heads, held.len, row)?;
             }
             target.slots[slot] = Slot {
                 key: Some(key),
@@ -443,15 +432,7 @@ impl KvPool {
             start: slot * slot_bytes,
             rows: block.capacity,
         };
-        // Those of one buffer that changed places when a later one cannot are put back: a turn's layers lie in one slot.
-        for index in 0..block.buffers.len() {
-            if let Err(error) = block.buffers[index].swap_rows(of(a), of(b), heads, used, row) {
-                for done in &mut block.buffers[..index] {
-                    done.swap_rows(of(a), of(b), heads, used, row)?;
-                }
-                return Err(error);
-            }
-        }
+        Buffer::swap_rows(&mut block.buffers, of(a), of(b), heads, used, row)?;
         block.slots.swap(a, b);
         for slot in [a, b] {
             if let Some(key) = block.slots[slot].key

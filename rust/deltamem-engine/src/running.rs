@@ -5,11 +5,14 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
+use crate::device::{Best, DeviceBuffer, Staging};
 use crate::error::{EngineError, Result};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
+use crate::logits::Logits;
 use crate::memory::{Back, Gathered, Numbers, NumbersMut, Resident, State, held};
 use crate::model::Model;
 use crate::pool::{KvPool, Window};
+use crate::sampling::to_bring;
 use crate::schedule::Seat;
 use crate::turn::{Pooled, TurnCache, TurnTensors};
 
@@ -19,6 +22,16 @@ pub(crate) struct Works {
     pub(crate) graph: Graph,
     pub(crate) pool: KvPool,
     steps: Steps,
+    comings: Comings,
+}
+
+/// Where logits come down from a device.
+#[derive(Debug, Default)]
+struct Comings {
+    /// Whole rows of them.
+    rows: Option<Staging>,
+    /// The best of them.
+    best: Option<Staging>,
 }
 
 /// The inputs and outputs of a step of several rows, kept from step to step.
@@ -46,6 +59,12 @@ pub(crate) struct Counters {
     largest: AtomicU64,
     /// Runs of one session's chunk by itself.
     chunks: AtomicU64,
+    /// Rows of logits that stayed on the device, of which the best came down.
+    best: AtomicU64,
+    /// Runs that were captures or replays.
+    captured: AtomicU64,
+    /// Captures.
+    captures: AtomicU64,
 }
 
 /// How many runs a model has made since it was loaded, and of what.
@@ -61,6 +80,12 @@ pub struct RunStats {
     pub largest_step: u64,
     /// Runs of one session by itself: chunks of prompts, and single tokens where the model takes no batches.
     pub chunks: u64,
+    /// Rows of logits that stayed on the device, because the next token depends on a few of the largest: only those came down.
+    pub best_rows: u64,
+    /// Steps that were captured as CUDA graphs, or replayed.
+    pub captured_steps: u64,
+    /// CUDA graphs that were captured for them.
+    pub cuda_graphs: u64,
 }
 
 /// One chunk of one session: what it reads and where the results go.
@@ -71,8 +96,6 @@ pub(crate) struct Chunk<'a> {
     pub(crate) write: bool,
     /// The spans that this run gathers for or writes, in a span bundle.
     pub(crate) spans: Option<ChunkSpans<'a>>,
-    /// Whether every token's logits are wanted, or the last one's.
-    pub(crate) all_logits: bool,
     /// The state before, float32 [layers, heads, r, r].
     pub(crate) past_memory: &'a State,
     /// Where the state after goes.
@@ -81,10 +104,18 @@ pub(crate) struct Chunk<'a> {
     pub(crate) turn: &'a mut TurnCache,
     /// What the corrections are multiplied by; other than 1 it takes the measured graph.
     pub(crate) strength: f32,
-    /// Where the logits go, float32 [rows, vocab].
-    pub(crate) logits: &'a mut [f32],
+    /// Where the logits go.
+    pub(crate) logits: LogitsTo<'a>,
     /// What else is wanted.
     pub(crate) measures: Measures<'a>,
+}
+
+/// Where a chunk's logits go.
+pub(crate) enum LogitsTo<'a> {
+    /// Every token's, float32 [tokens, vocab].
+    All(&'a mut [f32]),
+    /// The last one's. On a device so many of the largest are enough, if it says so.
+    Last(&'a mut Logits, Option<usize>),
 }
 
 /// One session's token in a step. It owns what the run needs, because the thread of another session may run it.
@@ -96,8 +127,10 @@ pub(crate) struct Row {
     pub(crate) past_memory: State,
     /// Where the state after goes; nobody else holds it.
     pub(crate) present_memory: Back,
-    /// Where the logits go, float32 [vocab].
-    pub(crate) logits: Vec<f32>,
+    /// Where the logits go.
+    pub(crate) logits: Logits,
+    /// How many of the largest are enough, where they are on a device; none for all.
+    pub(crate) enough: Option<usize>,
     pub(crate) place: Pooled,
     /// What became of it.
     pub(crate) outcome: Outcome,
@@ -114,12 +147,35 @@ pub(crate) enum Outcome {
     Failed(EngineError),
 }
 
+impl Steps {
+    /// The inputs of a window's rows; an idle slot reads anything and writes nothing.
+    fn fill(&mut self, window: &Window, at: &[usize], rows: &[Row]) {
+        self.tokens.clear();
+        self.past.clear();
+        self.write.clear();
+        self.rows.clear();
+        for (number, rider) in window.riders.iter().enumerate() {
+            self.past.push(rider.past);
+            if let Some(of) = rider.of {
+                let row = &rows[at[of]];
+                self.tokens.push(row.token);
+                self.write.push(row.write);
+                self.rows.push(i64::try_from(number).unwrap_or(i64::MAX));
+            } else {
+                self.tokens.push(0);
+                self.write.push(false);
+            }
+        }
+    }
+}
+
 impl Works {
     pub(crate) fn new(graph: Graph, pool: KvPool) -> Self {
         Self {
             graph,
             pool,
             steps: Steps::default(),
+            comings: Comings::default(),
         }
     }
 
@@ -144,33 +200,45 @@ impl Model {
             self.counters.chunks.fetch_add(1, Ordering::Relaxed);
             let mut works = self.works.lock();
             works.clear_released(self);
-            let Works { graph, pool, .. } = &mut *works;
+            let Works {
+                graph, pool, comings, ..
+            } = &mut *works;
             let past = chunk.turn.len();
             let state = chunk.past_memory.aligned()?;
             let turn = chunk.turn.tensors(pool, chunk.tokens.len())?;
+            let rows = match chunk.logits {
+                LogitsTo::All(_) => Rows::All,
+                LogitsTo::Last(..) => Rows::Last,
+            };
             let done =
                 chunk
                     .present_memory
                     .write(self.home(), self.geometry().elements(), |present_memory| {
-                        let run = Run {
-                            tokens: chunk.tokens,
-                            past: &[past],
-                            write: &[chunk.write],
-                            spans: chunk.spans,
-                            rows: if chunk.all_logits { Rows::All } else { Rows::Last },
-                            past_memory: state.numbers(),
-                            present_memory,
-                            turn,
-                            strength: chunk.strength,
-                            logits: chunk.logits,
-                            measures: chunk.measures,
+                        let run = |logits: NumbersMut<'_>| {
+                            let run = Run {
+                                tokens: chunk.tokens,
+                                past: &[past],
+                                write: &[chunk.write],
+                                spans: chunk.spans,
+                                rows,
+                                past_memory: state.numbers(),
+                                present_memory,
+                                turn,
+                                strength: chunk.strength,
+                                logits,
+                                measures: chunk.measures,
+                            };
+                            match measured {
+                                None => graph.run(self, run),
+                                Some(measured) => measured
+                                    .lock()
+                                    .unwrap_or_else(PoisonError::into_inner)
+                                    .run(self, run),
+                            }
                         };
-                        match measured {
-                            None => graph.run(self, run),
-                            Some(measured) => measured
-                                .lock()
-                                .unwrap_or_else(PoisonError::into_inner)
-                                .run(self, run),
+                        match chunk.logits {
+                            LogitsTo::All(all) => run(NumbersMut::Host(all)),
+                            LogitsTo::Last(last, enough) => self.last_logits(last, enough, comings, run),
                         }
                     });
             works.clear_released(self);
@@ -225,22 +293,21 @@ impl Model {
 
     /// Runs the rows of a window at once. Where that fails each of them runs by itself, so that none pays for another.
     fn run_window(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) {
-        let indices = window.riders.iter().filter_map(|rider| rider.of).map(|of| at[of]);
         if window.riders.len() == 1 {
-            for index in indices {
+            for index in indices(window, at) {
                 self.run_one(works, &mut rows[index]);
             }
             return;
         }
         match self.run_together(works, window, at, rows) {
             Ok(()) => {
-                for index in indices {
+                for index in indices(window, at) {
                     rows[index].outcome = Outcome::Run;
                 }
             }
             Err(error) => {
                 let mut some = false;
-                for index in indices {
+                for index in indices(window, at) {
                     self.run_one(works, &mut rows[index]);
                     some |= matches!(rows[index].outcome, Outcome::Run);
                 }
@@ -256,25 +323,15 @@ impl Model {
     }
 
     fn run_together(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) -> Result<()> {
-        let Works { graph, pool, steps } = works;
+        let Works {
+            graph,
+            pool,
+            steps,
+            comings,
+        } = works;
         let (numbers, vocab) = (self.geometry().elements(), self.vocab());
         let batch = window.riders.len();
-        steps.tokens.clear();
-        steps.past.clear();
-        steps.write.clear();
-        steps.rows.clear();
-        for (number, rider) in window.riders.iter().enumerate() {
-            steps.past.push(rider.past);
-            if let Some(of) = rider.of {
-                let row = &rows[at[of]];
-                steps.tokens.push(row.token);
-                steps.write.push(row.write);
-                steps.rows.push(i64::try_from(number).unwrap_or(i64::MAX));
-            } else {
-                steps.tokens.push(0);
-                steps.write.push(false);
-            }
-        }
+        steps.fill(window, at, rows);
         let states: Vec<Option<&State>> = window
             .riders
             .iter()
@@ -303,7 +360,26 @@ impl Model {
                 (gathered.numbers(), NumbersMut::Device(buffer))
             }
         };
-        steps.logits.resize(steps.rows.len() * vocab, 0.0);
+        let enough = indices(window, at)
+            .filter_map(|index| rows[index].enough)
+            .max()
+            .and_then(|most| self.home().as_ref().map(|memory| (memory, to_bring(most, vocab))));
+        let mut away = None;
+        let count = steps.rows.len() * vocab;
+        let logits = match (enough, self.home()) {
+            (Some((memory, _)), _) => {
+                NumbersMut::Device(away.insert(memory.allocate(count * size_of::<f32>())?))
+            }
+            (None, Some(memory)) => NumbersMut::Host(
+                memory
+                    .room(&mut comings.rows, count * size_of::<f32>())?
+                    .floats_mut(count),
+            ),
+            (None, None) => {
+                steps.logits.resize(count, 0.0);
+                NumbersMut::Host(&mut steps.logits)
+            }
+        };
         let (kv, shape) = pool.many(window);
         graph.run(
             self,
@@ -321,32 +397,79 @@ impl Model {
                     states: Vec::new(),
                 },
                 strength: 1.0,
-                logits: &mut steps.logits,
+                logits,
                 measures: Measures::default(),
             },
         )?;
+        let away = match (away, enough) {
+            (Some(buffer), Some((_, count))) => {
+                let best = buffer.best(steps.rows.len(), vocab, count, &mut comings.best)?;
+                Some((Arc::new(buffer), best))
+            }
+            _ => None,
+        };
+        // What may fail comes first: a row is as it was, or has all of the step.
+        let all = match (&mut comings.rows, self.home()) {
+            (Some(staging), Some(_)) if away.is_none() => staging.floats_mut(steps.rows.len() * vocab),
+            _ => &mut steps.logits[..],
+        };
+        self.hand_out(away.as_ref(), all, indices(window, at), rows)?;
         self.counters.count(steps.rows.len(), batch);
         let step = step.map(Arc::new);
-        let mut logits = steps.logits.chunks_exact(vocab);
-        for (number, rider) in window.riders.iter().enumerate() {
-            let Some(of) = rider.of else { continue };
-            let row = &mut rows[at[of]];
-            let start = number * numbers;
-            match (&mut row.present_memory, &step) {
-                (Back::Host(view), None) => Arc::get_mut(view)
-                    .ok_or_else(held)?
-                    .copy_from_slice(&steps.present_memory[start..][..numbers]),
-                // Where the step has written it is where the next one reads it.
-                (Back::Device(state), Some(buffer)) => {
-                    let state_bytes = start * size_of::<f32>();
-                    *state = Some(Arc::new(Resident::new(Arc::clone(buffer), state_bytes, numbers)));
+        leave_states(window, at, rows, step.as_ref(), &steps.present_memory, numbers)
+    }
+
+    /// Gives each row of a step its logits: those on the host, or the best of those on the device, or all of them from there.
+    fn hand_out(
+        &self,
+        away: Option<&(Arc<DeviceBuffer>, Best)>,
+        all: &[f32],
+        indices: impl Iterator<Item = usize>,
+        rows: &mut [Row],
+    ) -> Result<()> {
+        let vocab = self.vocab();
+        for (number, index) in indices.enumerate() {
+            let Row { logits, enough, .. } = &mut rows[index];
+            match (away, enough) {
+                (Some((buffer, best)), Some(_)) => {
+                    logits.stay(buffer, number, vocab, best);
+                    self.counters.best.fetch_add(1, Ordering::Relaxed);
                 }
-                _ => return Err(held()),
-            }
-            if let Some(logits) = logits.next() {
-                row.logits.copy_from_slice(logits);
+                (Some((buffer, _)), None) => buffer.download(
+                    number * vocab * size_of::<f32>(),
+                    bytemuck::cast_slice_mut(logits.room(vocab)),
+                )?,
+                (None, _) => logits.set(&all[number * vocab..][..vocab]),
             }
         }
+        Ok(())
+    }
+
+    /// Has a run of one session leave its last token's logits, where `enough` says of them: `run` is given the place.
+    fn last_logits(
+        &self,
+        logits: &mut Logits,
+        enough: Option<usize>,
+        comings: &mut Comings,
+        run: impl FnOnce(NumbersMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let vocab = self.vocab();
+        let Some(memory) = self.home() else {
+            return run(NumbersMut::Host(logits.room(vocab)));
+        };
+        let Some(most) = enough else {
+            let room = memory
+                .room(&mut comings.rows, vocab * size_of::<f32>())?
+                .floats_mut(vocab);
+            run(NumbersMut::Host(room))?;
+            logits.set(room);
+            return Ok(());
+        };
+        let mut buffer = memory.allocate(vocab * size_of::<f32>())?;
+        run(NumbersMut::Device(&mut buffer))?;
+        let best = buffer.best(1, vocab, to_bring(most, vocab), &mut comings.best)?;
+        logits.stay(&Arc::new(buffer), 0, vocab, &best);
+        self.counters.best.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -360,28 +483,32 @@ impl Model {
     }
 
     fn try_one(&self, works: &mut Works, row: &mut Row) -> Result<()> {
-        let Works { graph, pool, .. } = works;
+        let Works {
+            graph, pool, comings, ..
+        } = works;
         let turn = row.place.tensors(pool, 1)?;
         let past = row.place.len;
         let state = row.past_memory.aligned()?;
         row.present_memory
             .write(self.home(), self.geometry().elements(), |present_memory| {
-                graph.run(
-                    self,
-                    Run {
-                        tokens: &[row.token],
-                        past: &[past],
-                        write: &[row.write],
-                        spans: None,
-                        rows: Rows::Last,
-                        past_memory: state.numbers(),
-                        present_memory,
-                        turn,
-                        strength: 1.0,
-                        logits: &mut row.logits,
-                        measures: Measures::default(),
-                    },
-                )
+                self.last_logits(&mut row.logits, row.enough, comings, |logits| {
+                    graph.run(
+                        self,
+                        Run {
+                            tokens: &[row.token],
+                            past: &[past],
+                            write: &[row.write],
+                            spans: None,
+                            rows: Rows::Last,
+                            past_memory: state.numbers(),
+                            present_memory,
+                            turn,
+                            strength: 1.0,
+                            logits,
+                            measures: Measures::default(),
+                        },
+                    )
+                })
             })
     }
 
@@ -394,11 +521,52 @@ impl Model {
             idle_rows: of(&self.counters.idle),
             largest_step: of(&self.counters.largest),
             chunks: of(&self.counters.chunks),
+            best_rows: of(&self.counters.best),
+            captured_steps: of(&self.counters.captured),
+            cuda_graphs: of(&self.counters.captures),
         }
     }
 }
 
+/// Gives each row of a step the state after it: a copy of what is on the host, or its place in the step's buffer on the device, so that where the
+/// step has written it is where the next one reads it.
+fn leave_states(
+    window: &Window,
+    at: &[usize],
+    rows: &mut [Row],
+    step: Option<&Arc<DeviceBuffer>>,
+    states: &[f32],
+    numbers: usize,
+) -> Result<()> {
+    for (number, rider) in window.riders.iter().enumerate() {
+        let Some(of) = rider.of else { continue };
+        let start = number * numbers;
+        match (&mut rows[at[of]].present_memory, step) {
+            (Back::Host(view), None) => Arc::get_mut(view)
+                .ok_or_else(held)?
+                .copy_from_slice(&states[start..][..numbers]),
+            (Back::Device(state), Some(buffer)) => {
+                let first = start * size_of::<f32>();
+                *state = Some(Arc::new(Resident::new(Arc::clone(buffer), first, numbers)));
+            }
+            _ => return Err(held()),
+        }
+    }
+    Ok(())
+}
+
+/// The rows of a step that a window's turns are, in its order.
+fn indices<'a>(window: &'a Window, at: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
+    window.riders.iter().filter_map(|rider| rider.of).map(|of| at[of])
+}
+
 impl Counters {
+    /// A step was captured or replayed; there are so many captures.
+    pub(crate) fn captured(&self, captures: usize) {
+        self.captured.fetch_add(1, Ordering::Relaxed);
+        self.captures.fetch_max(captures as u64, Ordering::Relaxed);
+    }
+
     fn count(&self, rows: usize, batch: usize) {
         let (rows, batch) = (rows as u64, batch as u64);
         self.steps.fetch_add(1, Ordering::Relaxed);

@@ -114,6 +114,34 @@ impl SamplingOptions {
     }
 }
 
+/// The most of the best logits that are brought from where all lie; for more than these, all are.
+const MOST_BEST: usize = 256;
+
+/// How many more are brought than can be chosen, so that few rows have nothing but equal ones at the border.
+const BEYOND: usize = 7;
+
+impl SamplingOptions {
+    /// How many of the largest of `vocab` logits the choice depends on, where that is few: then [`Sampler::sample_best`] needs no others.
+    pub(crate) fn depends_on(&self, vocab: usize) -> Option<usize> {
+        if penalises(self) {
+            return None;
+        }
+        let most = if self.temperature <= 0.0 { 1 } else { self.top_k };
+        // With all words in play they are added up in the order of their ids.
+        let few = most > 0 && most <= MOST_BEST && (most < vocab || self.temperature <= 0.0);
+        few.then_some(most)
+    }
+}
+
+/// How many of a row's largest logits to bring for a choice among `most` of them.
+pub(crate) fn to_bring(most: usize, vocab: usize) -> usize {
+    most.saturating_add(BEYOND).min(vocab)
+}
+
+fn penalises(options: &SamplingOptions) -> bool {
+    (options.repetition_penalty - 1.0).abs() > 0.0
+}
+
 /// One session's random stream, and the room that sampling needs.
 #[derive(Debug, Clone)]
 pub struct Sampler {
@@ -198,13 +226,54 @@ impl Sampler {
         if logits.is_empty() || i32::try_from(logits.len()).is_err() {
             return Err(SamplingError::Count { found: logits.len() });
         }
-        let penalises = (options.repetition_penalty - 1.0).abs() > 0.0;
+        let penalises = penalises(options);
         let recent = if penalises { recent } else { &[] };
         self.mark(recent, logits.len());
         let chosen = self.choose(options, logits, penalises);
         self.unmark(recent);
         let token = chosen?;
         i32::try_from(token).map_err(|_| SamplingError::Count { found: logits.len() })
+    }
+
+    /// The same from the largest logits alone, in any order, (token, logit), none of them NaN: those of a row of `vocab` that has no larger
+    /// ones besides. `None` where they do not say which token it is, and the whole row must be asked: the options need more, those at the
+    /// border equal others that are not here, or the row is one of the errors. A token is the one that the row would give, bit for bit, and
+    /// moves the stream as far.
+    pub(crate) fn sample_best(
+        &mut self,
+        options: &SamplingOptions,
+        best: &[(u32, f32)],
+        vocab: usize,
+    ) -> Option<i32> {
+        let most = options.depends_on(vocab)?;
+        options.validate().ok()?;
+        self.candidates.clear();
+        self.candidates
+            .extend(best.iter().map(|&(token, logit)| Candidate {
+                token,
+                // As in `penalise`.
+                logit: f64::from(logit) + 0.0,
+                weight: 0.0,
+            }));
+        self.candidates.sort_unstable_by(best_first);
+        let (first, last) = (*self.candidates.first()?, *self.candidates.last()?);
+        if first.logit == f64::INFINITY || first.logit == f64::NEG_INFINITY {
+            return None;
+        }
+        let all = self.candidates.len() == vocab || last.logit == f64::NEG_INFINITY;
+        let border = self.candidates.get(most - 1).map_or(last, |&border| border);
+        if !all && border.logit <= last.logit {
+            return None;
+        }
+        if options.temperature <= 0.0 {
+            return i32::try_from(first.token).ok();
+        }
+        self.candidates.truncate(most);
+        self.candidates
+            .retain(|candidate| candidate.logit > f64::NEG_INFINITY);
+        self.weigh(options, first.logit);
+        let total = self.cut(options);
+        i32::try_from(self.draw(total)).ok()
     }
 
     fn choose(
@@ -290,6 +359,11 @@ impl Sampler {
             self.keep_best(k);
             self.candidates.sort_unstable_by(best_first);
         }
+        self.weigh(options, best);
+    }
+
+    /// Weights the candidates by exp((logit − best) / temperature).
+    fn weigh(&mut self, options: &SamplingOptions, best: f64) {
         for candidate in &mut self.candidates {
             candidate.weight = libm::exp((candidate.logit - best) / options.temperature);
         }

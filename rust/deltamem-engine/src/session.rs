@@ -7,11 +7,12 @@ use deltamem_core::{Geometry, Snapshot};
 
 use crate::error::{EngineError, Result};
 use crate::graph::{ChunkSpans, Measures, as_trained};
+use crate::logits::Logits;
 use crate::memory::{MemoryBuffers, MemoryView, State};
 use crate::model::{CHUNK_TOKENS, Model};
 use crate::prefix::Prefix;
-use crate::running::{Chunk, Outcome, Row};
-use crate::sampling::Sampler;
+use crate::running::{Chunk, LogitsTo, Outcome, Row};
+use crate::sampling::{Sampler, SamplingOptions};
 use crate::schedule::Seat;
 use crate::spans::{Gathered, Spans, Writes};
 use crate::turn::{TurnCache, TurnKv};
@@ -97,9 +98,11 @@ pub struct Session {
     memory: MemoryBuffers,
     /// What the turn carries; none between turns.
     cache: Option<TurnCache>,
-    /// The logits behind the last token of the turn, float32 [vocab]; empty when the turn is.
-    logits: Vec<f32>,
-    spare_logits: Vec<f32>,
+    /// The logits behind the last token of the turn; none when the turn is empty.
+    logits: Logits,
+    spare_logits: Logits,
+    /// How many of the largest logits the coming read needs, where they are on a device; none for all.
+    enough: Option<usize>,
     /// The turn's tokens, for the repetition penalty.
     turn: Vec<i32>,
     pending: Option<Pending>,
@@ -137,8 +140,9 @@ impl Session {
         Self {
             memory: MemoryBuffers::zeroed(&geometry, model.home().clone()),
             cache: None,
-            logits: Vec::new(),
-            spare_logits: Vec::new(),
+            logits: Logits::default(),
+            spare_logits: Logits::default(),
+            enough: None,
             turn: Vec::new(),
             pending: None,
             ends_turn: false,
@@ -258,16 +262,33 @@ impl Session {
         self.epoch
     }
 
-    pub(crate) fn logits(&self) -> &[f32] {
-        &self.logits
+    /// Whether there is anything to go on from.
+    pub(crate) fn has_logits(&self) -> bool {
+        self.logits.any()
     }
 
-    /// The sampler with the logits that it samples and the tokens it may penalise.
-    pub(crate) fn sampling_parts(&mut self) -> (&mut Sampler, &[f32], &[i32]) {
-        (&mut self.sampler, &self.logits, &self.turn)
+    /// Chooses the next token. On a device all logits are brought from it only where the best that came down do not say which it is.
+    pub(crate) fn sample(&mut self, options: &SamplingOptions) -> Result<i32> {
+        if let Some((best, vocab)) = self.logits.best()
+            && let Some(token) = self.sampler.sample_best(options, best, vocab)
+        {
+            return Ok(token);
+        }
+        Ok(self.sampler.sample(options, self.logits.all()?, &self.turn)?)
+    }
+
+    /// Brings all logits of the last token, so that others than those that they came down for may choose from them.
+    pub(crate) fn keep_logits(&mut self) -> Result<()> {
+        self.logits.all().map(|_| ())
+    }
+
+    /// Has the reads from here on bring as much of the logits as these options need, or all.
+    pub(crate) fn set_enough(&mut self, options: Option<&SamplingOptions>) {
+        self.enough = options.and_then(|options| options.depends_on(self.model.vocab()));
     }
 
     pub(crate) fn set_pending(&mut self, token: i32, write: bool) {
+        self.logits.let_go();
         self.pending = Some(Pending { token, write });
     }
 
@@ -387,7 +408,7 @@ impl Session {
         }
         self.cache = Some(prefix.cache(&self.model)?);
         prefix.tokens().clone_into(&mut self.turn);
-        prefix.logits().clone_into(&mut self.logits);
+        self.logits.set(prefix.logits());
         Ok(())
     }
 
@@ -463,8 +484,8 @@ impl Session {
             self.model.return_cache(cache);
         }
         // Between turns a session is its state: what a turn needs is allocated by its first tokens.
-        self.logits = Vec::new();
-        self.spare_logits = Vec::new();
+        self.logits = Logits::default();
+        self.spare_logits = Logits::default();
         self.turn = Vec::new();
         self.memory.free_spares();
         self.pending = None;
@@ -527,7 +548,7 @@ impl Session {
         self.cache = Some(self.model.lend_own_cache()?);
         self.read(tokens, &Writes::Nothing, None, None, interrupt)?;
         let cache = self.cache.take().ok_or_else(lost)?;
-        Ok((cache, std::mem::take(&mut self.logits)))
+        Ok((cache, self.logits.take()))
     }
 
     /// The last tokens that were read, over turns, at most [`RECENT_TOKENS`].
@@ -671,10 +692,9 @@ impl Session {
         measures: Measures<'_>,
     ) -> Result<()> {
         let vocab = self.model.vocab();
-        self.spare_logits.resize(vocab, 0.0);
         let past_memory = self.memory.front().clone();
         let mut back = self.memory.take_back();
-        let all_logits = wanted.is_some();
+        let enough = self.enough.filter(|_| wanted.is_none());
         let steps = tokens.len() == 1 && spans.is_none() && !measures.any() && as_trained(self.strength);
         let outcome = match (&mut cache.kv, tokens) {
             (TurnKv::Pooled(place), &[token]) if steps => {
@@ -685,6 +705,7 @@ impl Session {
                     past_memory,
                     present_memory: back,
                     logits: std::mem::take(&mut self.spare_logits),
+                    enough,
                     place: std::mem::take(place),
                     outcome: Outcome::Waiting,
                 };
@@ -695,11 +716,11 @@ impl Session {
                 *place = row.place;
                 back = row.present_memory;
                 self.spare_logits = row.logits;
-                if let Some(wanted) = wanted {
-                    wanted.copy_from_slice(&self.spare_logits);
-                }
                 match row.outcome {
-                    Outcome::Run => Ok(()),
+                    Outcome::Run => match wanted {
+                        Some(wanted) => self.spare_logits.all().map(|all| wanted.copy_from_slice(all)),
+                        None => Ok(()),
+                    },
                     Outcome::Failed(error) => Err(error),
                     Outcome::Waiting => Err(lost()),
                 }
@@ -711,17 +732,19 @@ impl Session {
                         tokens,
                         write,
                         spans,
-                        all_logits,
                         past_memory: &past_memory,
                         present_memory: &mut back,
                         turn: cache,
                         strength: self.strength,
-                        logits: wanted.as_deref_mut().unwrap_or(&mut self.spare_logits),
+                        logits: match wanted.as_deref_mut() {
+                            Some(all) => LogitsTo::All(all),
+                            None => LogitsTo::Last(&mut self.spare_logits, enough),
+                        },
                         measures,
                     },
                 );
                 if let Some(all) = wanted {
-                    self.spare_logits.copy_from_slice(&all[all.len() - vocab..]);
+                    self.spare_logits.set(&all[all.len() - vocab..]);
                 }
                 outcome
             }

@@ -57,9 +57,14 @@ impl Model {
     /// tf32 : bool
     ///     Whether a card may round the factors of float32 products to TF32 (10 bits of 23): faster for fp32 bundles, and off the CPU's results
     ///     by about 1e-3. Of no effect on the CPU.
+    /// cuda_graphs : bool
+    ///     Whether a card captures steps of one token as CUDA graphs and replays them, which saves launching their kernels one by one. A step is
+    ///     padded to its KV cache's capacity for it. Of no effect where "auto" takes the CPU; ``model.uncaptured`` says why steps are not captured.
     ///
     /// Raises
     /// ------
+    /// ValueError
+    ///     An option that is none of those above, or ``cuda_graphs=True`` with ``device="cpu"``.
     /// FileNotFoundError
     ///     No bundle at ``path``.
     /// BundleError
@@ -69,7 +74,7 @@ impl Model {
     /// DeviceError
     ///     The card, its driver or ONNX Runtime's CUDA is not there or fails, or the card has no memory left; the message says what to do.
     #[staticmethod]
-    #[pyo3(signature = (path, *, device="auto", threads=None, max_batch=16, verify=true, graph="auto", tf32=false))]
+    #[pyo3(signature = (path, *, device="auto", threads=None, max_batch=16, verify=true, graph="auto", tf32=false, cuda_graphs=false))]
     fn load(
         py: Python<'_>,
         path: PathBuf,
@@ -79,6 +84,7 @@ impl Model {
         verify: bool,
         graph: &str,
         tf32: bool,
+        cuda_graphs: bool,
     ) -> PyResult<Self> {
         let onnxruntime = py.import("deltamem_rt._onnxruntime")?;
         let device = match device {
@@ -140,6 +146,7 @@ impl Model {
             max_batch,
             graph,
             tf32,
+            cuda_graphs,
         };
         let inner = py.detach(|| {
             let runtime = Runtime::open(&library)?;
@@ -308,6 +315,12 @@ impl Model {
     #[getter]
     fn unbatched(&self) -> Option<String> {
         self.inner.unbatched().map(str::to_owned)
+    }
+
+    /// Why steps are not captured as CUDA graphs; None where they are.
+    #[getter]
+    fn uncaptured(&self) -> Option<String> {
+        self.inner.uncaptured().map(str::to_owned)
     }
 
     /// How many runs the model has made since it was loaded.
@@ -487,10 +500,34 @@ impl ModelStats {
         self.0.chunks
     }
 
+    /// Tokens whose logits stayed on the card, because the choice of the next one depends on a few of the largest: only those came down.
+    /// 0 on the CPU, where nothing has to.
+    #[getter]
+    fn best_rows(&self) -> u64 {
+        self.0.best_rows
+    }
+
+    /// Steps that were captured as CUDA graphs or replayed (``Model.load(..., cuda_graphs=True)``).
+    #[getter]
+    fn captured_steps(&self) -> u64 {
+        self.0.captured_steps
+    }
+
+    /// CUDA graphs that were captured for them: one for each set of buffers and sizes that steps have used.
+    #[getter]
+    fn cuda_graphs(&self) -> u64 {
+        self.0.cuda_graphs
+    }
+
     fn __repr__(&self) -> String {
         format!(
-            "ModelStats(steps={}, step_tokens={}, largest_step={}, idle_rows={}, chunks={})",
-            self.0.steps, self.0.step_tokens, self.0.largest_step, self.0.idle_rows, self.0.chunks
+            "ModelStats(steps={}, step_tokens={}, largest_step={}, idle_rows={}, chunks={}, best_rows={})",
+            self.0.steps,
+            self.0.step_tokens,
+            self.0.largest_step,
+            self.0.idle_rows,
+            self.0.chunks,
+            self.0.best_rows
         )
     }
 }

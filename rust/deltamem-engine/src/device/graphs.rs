@@ -1,65 +1,123 @@
-//! Three small ONNX graphs that move memory where it lies: a copy, zeros, and rows into groups of another size. They are written here, byte by
-//! byte in ONNX's own format, because they are shorter than what would read them from a file. All count in int32, so that no number is looked
-//! at; each operator in them has a kernel for the processor and for CUDA.
+//! Four small ONNX graphs that work on memory where it lies: copies, zeros, rows into groups of another size, and the best of rows of logits. The
+//! first three do so for any number of parts in one run, because each run is waited for. They are written here, byte by byte in ONNX's own format, because they are shorter than what would read them from a file. Those that move
+//! count in int32, so that no number is looked at; each operator in them has a kernel for the processor and for CUDA.
 
 use std::ffi::CStr;
 
-/// What is copied.
-pub(crate) const FROM: &CStr = c"from";
 /// How many rows of each group, int64 [1].
 pub(crate) const TAKE: &CStr = c"take";
 /// The shape of the zeros, int64 [1] or [3].
 pub(crate) const SIZE: &CStr = c"size";
-/// Where it goes.
-pub(crate) const TO: &CStr = c"to";
+/// Rows of numbers, float32 [rows, words].
+pub(crate) const LOGITS: &CStr = c"logits";
+/// How many of each row, int64 [1].
+pub(crate) const COUNT: &CStr = c"count";
+/// The largest of each row, float32 [rows, count].
+pub(crate) const VALUES: &CStr = c"values";
+/// Their places in it, int64 [rows, count].
+pub(crate) const IDS: &CStr = c"ids";
+/// 1 where a row has a number that is none, else 0; float32 [rows].
+pub(crate) const WRONG: &CStr = c"wrong";
 
 /// ONNX's numbers for the element types.
+const FLOAT: u64 = 1;
 const INT32: u64 = 6;
 const INT64: u64 = 7;
 
-/// ONNX's number for an attribute that is a tensor, and one that is an integer.
-const TENSOR: u64 = 4;
+/// ONNX's numbers for an attribute that is an integer, a tensor, and several integers.
 const INT: u64 = 2;
+const TENSOR: u64 = 4;
+const INTS: u64 = 7;
 
 /// The format's version that opset 17 came with, which every ONNX Runtime reads that the engine takes.
 const IR_VERSION: u64 = 8;
 const OPSET: u64 = 17;
 
-/// `to` = `from`, int32 [n].
-pub(crate) fn copy() -> Vec<u8> {
+/// The name of the input that is moved into the part `number`.
+pub(crate) fn from(number: usize) -> String {
+    format!("from{number}")
+}
+
+/// The name of the output that is the part `number`.
+pub(crate) fn to(number: usize) -> String {
+    format!("to{number}")
+}
+
+/// Each `to` = its `from`, int32 [n].
+pub(crate) fn copy(parts: usize) -> Vec<u8> {
+    let value = |name: String| value(&name, INT32, &["n"]);
     model(
-        &[node("Identity", &["from"], "to", &[])],
+        &each(parts, |part| node("Identity", &[&from(part)], &to(part), &[])),
         &[],
-        &[value("from", INT32, &["n"])],
-        &value("to", INT32, &["n"]),
+        &each(parts, |part| value(from(part))),
+        &each(parts, |part| value(to(part))),
     )
 }
 
-/// `to` = zeros of `size`, int32 [n].
-pub(crate) fn zero() -> Vec<u8> {
+/// Each `to` = zeros of `size`, int32 [n].
+pub(crate) fn zero(parts: usize) -> Vec<u8> {
     model(
-        &[zeros("to")],
+        &each(parts, |part| zeros(&to(part))),
         &[],
         &[value("size", INT64, &["1"])],
-        &value("to", INT32, &["n"]),
+        &each(parts, |part| value(&to(part), INT32, &["n"])),
     )
 }
 
-/// `to` [groups, rows, row] = the first `take` rows of each group of `from`, and zeros of `size` behind them.
-pub(crate) fn rows() -> Vec<u8> {
+/// Each `to` [groups, rows, row] = the first `take` rows of each group of its `from`, and zeros of `size` behind them.
+pub(crate) fn rows(parts: usize) -> Vec<u8> {
+    let taken = |part: usize| format!("taken{part}");
+    let mut nodes = vec![zeros("rest")];
+    for part in 0..parts {
+        let slice = [&from(part), "first", "take", "axis"];
+        nodes.push(node("Slice", &slice, &taken(part), &[]));
+        let both = [&taken(part), "rest"];
+        nodes.push(node("Concat", &both, &to(part), &[integer("axis", 1)]));
+    }
+    let mut inputs = each(parts, |part| {
+        value(&from(part), INT32, &["groups", "from_rows", "row"])
+    });
+    inputs.push(value("take", INT64, &["1"]));
+    inputs.push(value("size", INT64, &["3"]));
+    model(
+        &nodes,
+        &[tensor("first", INT64, 7, 0), tensor("axis", INT64, 7, 1)],
+        &inputs,
+        &each(parts, |part| {
+            value(&to(part), INT32, &["groups", "to_rows", "row"])
+        }),
+    )
+}
+
+fn each(parts: usize, of: impl Fn(usize) -> Vec<u8>) -> Vec<Vec<u8>> {
+    (0..parts).map(of).collect()
+}
+
+/// `values` and `ids` = the `count` largest numbers of each row of `logits`, `wrong` = whether one of the row is NaN: what is the largest then
+/// is anybody's guess. Which of equal numbers at the border are taken is left to the operator: CUDA's takes them as its threads find them.
+pub(crate) fn best() -> Vec<u8> {
     model(
         &[
-            node("Slice", &["from", "first", "take", "axis"], "taken", &[]),
-            zeros("rest"),
-            node("Concat", &["taken", "rest"], "to", &[integer("axis", 1)]),
+            operator("TopK", &["logits", "count"], &["values", "ids"], &[]),
+            node("IsNaN", &["logits"], "nan", &[]),
+            node("Cast", &["nan"], "ones", &[integer("to", FLOAT)]),
+            node(
+                "ReduceMax",
+                &["ones"],
+                "wrong",
+                &[integers("axes", &[1]), integer("keepdims", 0)],
+            ),
         ],
-        &[tensor("first", INT64, 7, 0), tensor("axis", INT64, 7, 1)],
+        &[],
         &[
-            value("from", INT32, &["groups", "from_rows", "row"]),
-            value("take", INT64, &["1"]),
-            value("size", INT64, &["3"]),
+            value("logits", FLOAT, &["rows", "words"]),
+            value("count", INT64, &["1"]),
         ],
-        &value("to", INT32, &["groups", "to_rows", "row"]),
+        &[
+            value("values", FLOAT, &["rows", "k"]),
+            value("ids", INT64, &["rows", "k"]),
+            value("wrong", FLOAT, &["rows"]),
+        ],
     )
 }
 
@@ -71,7 +129,7 @@ fn zeros(to: &str) -> Vec<u8> {
 }
 
 /// A `ModelProto`.
-fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &[u8]) -> Vec<u8> {
+fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], outputs: &[Vec<u8>]) -> Vec<u8> {
     let mut graph = Vec::new();
     for node in nodes {
         graph.extend(bytes(1, node));
@@ -83,7 +141,9 @@ fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &
     for input in inputs {
         graph.extend(bytes(11, input));
     }
-    graph.extend(bytes(12, output));
+    for output in outputs {
+        graph.extend(bytes(12, output));
+    }
     let mut opset = text(1, "");
     opset.extend(number(2, OPSET));
     let mut model = number(1, IR_VERSION);
@@ -92,15 +152,22 @@ fn model(nodes: &[Vec<u8>], constants: &[Vec<u8>], inputs: &[Vec<u8>], output: &
     model
 }
 
-/// A `NodeProto`, named for its output.
-fn node(operator: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
+/// A `NodeProto` with one output.
+fn node(kind: &str, inputs: &[&str], output: &str, attributes: &[Vec<u8>]) -> Vec<u8> {
+    operator(kind, inputs, &[output], attributes)
+}
+
+/// A `NodeProto`, named for its first output.
+fn operator(kind: &str, inputs: &[&str], outputs: &[&str], attributes: &[Vec<u8>]) -> Vec<u8> {
     let mut node = Vec::new();
     for input in inputs {
         node.extend(text(1, input));
     }
-    node.extend(text(2, output));
-    node.extend(text(3, output));
-    node.extend(text(4, operator));
+    for output in outputs {
+        node.extend(text(2, output));
+    }
+    node.extend(text(3, outputs.first().copied().unwrap_or_default()));
+    node.extend(text(4, kind));
     for attribute in attributes {
         node.extend(bytes(5, attribute));
     }
@@ -112,6 +179,16 @@ fn integer(name: &str, value: u64) -> Vec<u8> {
     let mut attribute = text(1, name);
     attribute.extend(number(3, value));
     attribute.extend(number(20, INT));
+    attribute
+}
+
+/// An `AttributeProto` with integers.
+fn integers(name: &str, values: &[u64]) -> Vec<u8> {
+    let mut attribute = text(1, name);
+    for &value in values {
+        attribute.extend(number(8, value));
+    }
+    attribute.extend(number(20, INTS));
     attribute
 }
 

@@ -67,14 +67,20 @@ impl Provider {
     }
 
     /// Gives a session this provider; every node that it has no kernel for runs on the processor.
+    /// `captures` has it capture runs as CUDA graphs.
     ///
     /// # Errors
     /// [`EngineError::Device`] when the provider's library cannot be opened.
-    pub(crate) fn register(self, builder: SessionBuilder) -> Result<SessionBuilder> {
-        self.register_with(builder, ArenaExtendStrategy::NextPowerOfTwo)
+    pub(crate) fn register(self, builder: SessionBuilder, captures: bool) -> Result<SessionBuilder> {
+        self.register_with(builder, ArenaExtendStrategy::NextPowerOfTwo, captures)
     }
 
-    fn register_with(self, builder: SessionBuilder, arena: ArenaExtendStrategy) -> Result<SessionBuilder> {
+    fn register_with(
+        self,
+        builder: SessionBuilder,
+        arena: ArenaExtendStrategy,
+        captures: bool,
+    ) -> Result<SessionBuilder> {
         let Self::Cuda { id, tf32 } = self else {
             return Ok(builder);
         };
@@ -83,6 +89,7 @@ impl Provider {
             .with_device_id(id)
             .with_tf32(tf32)
             .with_arena_extend_strategy(arena)
+            .with_cuda_graph(captures)
             .with_conv_algorithm_search(ep::cuda::ConvAlgorithmSearch::Heuristic);
         builder
             .with_execution_providers([cuda.build().error_on_failure()])
@@ -102,7 +109,7 @@ impl Provider {
             .with_intra_threads(1)
             .map_err(EngineError::onnx("preparing a session"))?;
         // These hold the KV caches, which grow by doubling: a pool that doubles as well would take twice what they need.
-        self.register_with(builder, ArenaExtendStrategy::SameAsRequested)?
+        self.register_with(builder, ArenaExtendStrategy::SameAsRequested, false)?
             .commit_from_memory(graph)
             .map_err(EngineError::onnx("opening the device"))
             .map_err(|error| self.explain(error))

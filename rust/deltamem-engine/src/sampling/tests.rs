@@ -485,3 +485,97 @@ proptest! {
         prop_assert_eq!(sampler.state().position, 2);
     }
 }
+
+/// The `count` largest, those that equal the last of them as `pick` has it: as a device may bring them.
+fn brought(logits: &[f32], count: usize, pick: usize) -> Vec<(u32, f32)> {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    // Among equals by any order, not by id.
+    order.sort_by(|&a, &b| {
+        let other = |id: usize| (id * 7919 + pick) % 1013;
+        logits[b].total_cmp(&(logits[a])).then(other(a).cmp(&other(b)))
+    });
+    order
+        .into_iter()
+        .take(count)
+        .map(|id| (u32::try_from(id).unwrap(), logits[id]))
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #[test]
+    fn the_best_alone_give_the_token_and_the_stream_of_all_or_say_that_they_cannot(
+        (numbers, steps) in (prop::collection::vec(-8..9_i32, 1..60), 1..9_i32),
+        (top_k, greedy) in (0..40_usize, any::<bool>()),
+        (top_p, min_p) in (0.05..1.3_f64, 0.0..0.4_f64),
+        (temperature, seed, pick) in (0.1..3.0_f64, any::<u64>(), 0..1000_usize),
+        few in any::<bool>(),
+    ) {
+        // Steps as coarse as this give many equal ones; the lowest stands for a word that is masked.
+        let logits: Vec<f32> = numbers
+            .iter()
+            .map(|&n| if n == -8 { f32::NEG_INFINITY } else { (n / steps) as f32 })
+            .collect();
+        let options = SamplingOptions {
+            temperature: if greedy { 0.0 } else { temperature },
+            top_k,
+            top_p: top_p.min(1.0),
+            min_p: if min_p < 0.1 { 0.0 } else { min_p },
+            ..PLAIN
+        };
+        let vocab = logits.len();
+        let Some(most) = options.depends_on(vocab) else {
+            prop_assert!(!greedy && (top_k == 0 || top_k >= vocab));
+            return Ok(());
+        };
+        // With none beyond the most, equal ones at the border are met often.
+        let count = if few { most.min(vocab) } else { to_bring(most, vocab) };
+        let (mut all, mut best) = (Sampler::new(seed), Sampler::new(seed));
+        for _ in 0..5 {
+            let before = best.state();
+            let brought = brought(&logits, count, pick);
+            if let Some(token) = best.sample_best(&options, &brought, vocab) {
+                prop_assert_eq!(Ok(token), all.sample(&options, &logits, &[]));
+                prop_assert_eq!(best.state(), all.state());
+            } else {
+                prop_assert_eq!(best.state(), before);
+                let floor = brought[count - 1].1;
+                let nothing = logits.iter().all(|logit| logit.is_infinite());
+                // All that equal the last one of the choice may be needed, and are not all known to be here.
+                let mut sorted = logits.clone();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                prop_assert!(nothing || (count < vocab && sorted[most - 1] <= floor));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_best_alone_leave_what_needs_a_whole_row_to_it() {
+    let mut sampler = Sampler::new(1);
+    let top = SamplingOptions { top_k: 2, ..PLAIN };
+    let best = [(4, 2.0), (7, 1.0), (1, 0.5)];
+    assert!(sampler.sample_best(&top, &best, 100).is_some());
+    assert_eq!(sampler.sample_best(&GREEDY, &best, 100), Some(4));
+    assert_eq!(sampler.sample_best(&GREEDY, &[(9, -0.0), (3, 0.0)], 2), Some(3));
+    let penalty = SamplingOptions {
+        repetition_penalty: 1.5,
+        ..GREEDY
+    };
+    for (options, best) in [
+        (&PLAIN, &best[..]),
+        (&penalty, &best),
+        (&SamplingOptions { top_k: 257, ..PLAIN }, &best),
+        (&top, &[]),
+        (&top, &best[..2]),
+        (&GREEDY, &[(4, 2.0), (7, 2.0)]),
+        (&GREEDY, &[(4, f32::INFINITY), (7, 2.0)]),
+        (&GREEDY, &[(4, f32::NEG_INFINITY), (7, f32::NEG_INFINITY)]),
+    ] {
+        assert_eq!(
+            sampler.sample_best(options, best, 1000),
+            None,
+            "{options:?} {best:?}"
+        );
+    }
+}

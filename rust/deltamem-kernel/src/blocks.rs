@@ -349,7 +349,8 @@ impl DotsWork for Round<'_> {
                     sum = dots.add(sum, rounded);
                     dots.narrow(rounded, levels);
                 }
-                self.starts[at] = -zero * dots.sum(sum);
+                // What is not finite is rounded to anything.
+                self.starts[at] = dots.sum(sum).wrapping_mul(-zero);
             }
         }
     }

@@ -141,7 +141,7 @@ pub(crate) trait Dots<const N: usize>: Copy {
 
     fn add(self, a: Self::Integers, b: Self::Integers) -> Self::Integers;
 
-    /// The sum of all places.
+    /// The sum of all places, without what does not fit into 32 bits.
     fn sum(self, numbers: Self::Integers) -> i32;
 
     /// In each place: the four unsigned bytes times the four signed ones, and the sum. `NARROW`: the unsigned ones are below 16.

@@ -445,7 +445,9 @@ macro_rules! integers {
             fn sum(self, numbers: $register) -> i32 {
                 // SAFETY: see above.
                 let numbers = unsafe { std::mem::transmute::<$register, [i32; $count]>(numbers) };
-                numbers.iter().sum()
+                numbers
+                    .iter()
+                    .fold(0, |sum: i32, &number| sum.wrapping_add(number))
             }
 
             #[inline(always)]

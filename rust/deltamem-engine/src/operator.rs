@@ -112,14 +112,8 @@ impl Operator for MemoryLayer {
     }
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<MemoryKernel> {
-        guarded(|| {
-            MemoryKernel::new(context, &self.scratch).map_err(|what| {
-                let node = context.node_name().unwrap_or_default();
-                ort::Error::new(format!(
-                    "the memory's node {node}: {what}; export the bundle again"
-                ))
-            })
-        })
+        let kernel = || MemoryKernel::new(context, &self.scratch);
+        made(context, "the memory's node", kernel, "export the bundle again")
     }
 }
 
@@ -474,6 +468,21 @@ fn text(error: impl std::error::Error) -> String {
 /// What is said of a panic.
 const MISTAKE: &str =
     "it stopped at a mistake of its own; please report it, and load with graph=\"portable\"";
+
+/// A node's kernel, or an error that names the node and says what helps.
+fn made<K>(
+    context: &KernelContext<'_>,
+    kind: &str,
+    kernel: impl FnOnce() -> Result<K, String>,
+    help: &str,
+) -> ort::Result<K> {
+    guarded(|| {
+        kernel().map_err(|what| {
+            let node = context.node_name().unwrap_or_default();
+            ort::Error::new(format!("{kind} {node}: {what}; {help}"))
+        })
+    })
+}
 
 /// A panic must not reach ONNX Runtime: it would end the process.
 fn guarded<T>(work: impl FnOnce() -> ort::Result<T>) -> ort::Result<T> {

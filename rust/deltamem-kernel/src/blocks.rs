@@ -6,13 +6,12 @@
 //! order: a token has the same bits alone, in a prompt and among the tokens of others.
 
 use std::marker::PhantomData;
-use std::sync::Mutex;
 
 use deltamem_core::lanes::Lanes;
 
 use crate::aligned::Aligned;
 use crate::dots::{Dots, DotsWork, IntegerInstructions};
-use crate::layer::Pool;
+use crate::layer::{Pool, share};
 
 /// Columns of a panel.
 const PANEL: usize = 32;
@@ -246,7 +245,7 @@ impl Blocks {
         let BlockShape { inner, block, .. } = self.shape;
         let blocks = self.shape.blocks();
         let own = (SHARED / 8).div_ceil(inner);
-        let mut tasks = x
+        let tasks = x
             .chunks(own * inner)
             .zip(rounded.levels.chunks_mut(own * blocks * block / 4))
             .zip(rounded.scales.chunks_mut(own * blocks))
@@ -260,15 +259,9 @@ impl Blocks {
             });
         if tasks.len() == 1 {
             tasks.for_each(|task| self.instructions.run(task));
-            return;
+        } else {
+            share(pool, tasks, |task| self.instructions.run(task));
         }
-        let tasks: Vec<_> = tasks.by_ref().map(|task| Mutex::new(Some(task))).collect();
-        pool.run(tasks.len(), &|n| {
-            let task = tasks[n].lock().ok().and_then(|mut task| task.take());
-            if let Some(task) = task {
-                self.instructions.run(task);
-            }
-        });
     }
 }
 

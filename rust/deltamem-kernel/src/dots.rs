@@ -33,16 +33,12 @@ impl IntegerInstructions {
     pub fn available() -> Vec<Self> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-        {
+        if Avx2::is_available() {
             found.push(Self(Set::Avx2));
             if is_x86_feature_detected!("avxvnni") {
                 found.push(Self(Set::Vnni));
             }
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512vl")
+            if Avx512::is_available()
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vnni")
             {

@@ -33,14 +33,9 @@ impl Instructions {
     pub fn available() -> Vec<Self> {
         let mut found = vec![Self(Set::Baseline)];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
         {
-            found.push(Self(Set::Avx2));
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-                found.push(Self(Set::Avx512));
-            }
+            found.extend(Avx2::is_available().then_some(Self(Set::Avx2)));
+            found.extend(Avx512::is_available().then_some(Self(Set::Avx512)));
         }
         found
     }

@@ -651,7 +651,7 @@ fn gather(proposals: &[f32], spans: &mut Spans<'_>, count: usize, tokens: usize,
 }
 
 /// Each tile to one thread of the pool.
-fn share<T: Send>(pool: &dyn Pool, tiles: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
+pub(crate) fn share<T: Send>(pool: &dyn Pool, tiles: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
     let tiles: Vec<Mutex<Option<T>>> = tiles.map(|tile| Mutex::new(Some(tile))).collect();
     pool.run(tiles.len(), &|n| {
         let tile = tiles

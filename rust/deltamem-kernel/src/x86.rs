@@ -24,6 +24,13 @@ use crate::instructions::{Arithmetic, Halves};
 pub(crate) struct Avx2(());
 
 impl Avx2 {
+    /// Whether this processor has what [`Avx2::new`] takes.
+    pub(crate) fn is_available() -> bool {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    }
+
     /// Only where these instructions are allowed, which Rust checks: a caller that may not use them needs `unsafe` and a reason.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(crate) fn new() -> Self {
@@ -51,6 +58,11 @@ impl Arithmetic for Avx2 {
 pub(crate) struct Avx512(());
 
 impl Avx512 {
+    /// Whether this processor has what [`Avx512::new`] takes.
+    pub(crate) fn is_available() -> bool {
+        Avx2::is_available() && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
+    }
+
     /// As [`Avx2::new`].
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl")]
     pub(crate) fn new() -> Self {
@@ -306,51 +318,6 @@ impl Halves<WIDE> for Avx2 {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::half;
-    use crate::instructions::{Instructions, Work};
-
-    /// All halves that are numbers, widened eight and sixteen at a time.
-    struct Widened;
-
-    impl Work for Widened {
-        type Output = [Vec<f32>; 2];
-
-        #[inline(always)]
-        #[allow(clippy::inline_always)]
-        fn run<A: Arithmetic>(self, arithmetic: A) -> [Vec<f32>; 2] {
-            let (mut eights, mut sixteens, halves) = (Vec::new(), Vec::new(), halves());
-            for eight in halves.as_chunks::<LANES>().0 {
-                eights.extend(Lanes::<LANES>::store(arithmetic, arithmetic.widen(eight)));
-            }
-            for sixteen in halves.as_chunks::<WIDE>().0 {
-                sixteens.extend(Lanes::<WIDE>::store(arithmetic, arithmetic.widen(sixteen)));
-            }
-            [eights, sixteens]
-        }
-    }
-
-    fn halves() -> Vec<u16> {
-        (0..=u16::MAX).filter(|half| half & 0x7C00 != 0x7C00).collect()
-    }
-
-    #[test]
-    fn every_half_is_the_same_number_for_every_set() {
-        let wanted: Vec<u32> = halves()
-            .into_iter()
-            .map(|half| half::widen(half).to_bits())
-            .collect();
-        for instructions in Instructions::available() {
-            for found in instructions.run(Widened) {
-                let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
-                assert!(found == wanted, "{instructions}");
-            }
-        }
-    }
-}
-
 /// Whole numbers with AVX2 alone.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2Dots(Avx2);
@@ -385,10 +352,10 @@ impl Avx512Dots {
     }
 }
 
-/// Whole numbers in registers of `$set`, `$count` in each.
+/// Whole numbers in registers of each `$set`, `$count` in each, with its own way of `$dot`.
 macro_rules! integers {
-    ($set:ty, $floats:ty, $rows:expr, $count:expr, $register:ty,
-     $splat:ident, $splat_bytes:ident, $and:ident, $shift:ident, $add:ident, $to_floats:ident, $round:ident, $narrow:ident, $dot:ident) => {
+    ($($set:ident: $dot:ident),+; $floats:ty, $rows:expr, $count:expr, $register:ty,
+     $splat:ident, $splat_bytes:ident, $and:ident, $shift:ident, $add:ident, $to_floats:ident, $round:ident, $narrow:ident) => {$(
         // SAFETY: of each block below: the processor has the instructions, for only `new` makes `self`, and where they are allowed. Arrays
         // and registers of the same size hold the same plain numbers, so that one may be taken for the other.
         #[allow(unsafe_code)]
@@ -480,11 +447,11 @@ macro_rules! integers {
                 own[0] = unsafe { $narrow(numbers) };
             }
         }
-    };
+    )+};
 }
 
 integers!(
-    Avx2Dots,
+    Avx2Dots: dot_avx2, VnniDots: dot_vnni;
     Avx2,
     3,
     LANES,
@@ -496,27 +463,10 @@ integers!(
     _mm256_add_epi32,
     _mm256_cvtepi32_ps,
     _mm256_cvtps_epi32,
-    narrow_eight,
-    dot_avx2
+    narrow_eight
 );
 integers!(
-    VnniDots,
-    Avx2,
-    3,
-    LANES,
-    __m256i,
-    _mm256_set1_epi32,
-    _mm256_set1_epi8,
-    _mm256_and_si256,
-    _mm256_srli_epi16,
-    _mm256_add_epi32,
-    _mm256_cvtepi32_ps,
-    _mm256_cvtps_epi32,
-    narrow_eight,
-    dot_vnni
-);
-integers!(
-    Avx512Dots,
+    Avx512Dots: dot_avx512;
     Avx512,
     6,
     WIDE,
@@ -528,8 +478,7 @@ integers!(
     _mm512_add_epi32,
     _mm512_cvtepi32_ps,
     _mm512_cvtps_epi32,
-    narrow_sixteen,
-    dot_avx512
+    narrow_sixteen
 );
 
 /// Products of bytes without an instruction for it. Of unsigned bytes below 16 two products fit into 16 bits; others are widened first, even
@@ -606,4 +555,49 @@ unsafe fn narrow_eight(numbers: __m256i) -> [[u8; 4]; 2] {
 unsafe fn narrow_sixteen(numbers: __m512i) -> [[u8; 4]; 4] {
     // SAFETY: as for eight.
     unsafe { std::mem::transmute::<__m128i, [[u8; 4]; 4]>(_mm512_cvtsepi32_epi8(numbers)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::half;
+    use crate::instructions::{Instructions, Work};
+
+    /// All halves that are numbers, widened eight and sixteen at a time.
+    struct Widened;
+
+    impl Work for Widened {
+        type Output = [Vec<f32>; 2];
+
+        #[inline(always)]
+        #[allow(clippy::inline_always)]
+        fn run<A: Arithmetic>(self, arithmetic: A) -> [Vec<f32>; 2] {
+            let (mut eights, mut sixteens, halves) = (Vec::new(), Vec::new(), halves());
+            for eight in halves.as_chunks::<LANES>().0 {
+                eights.extend(Lanes::<LANES>::store(arithmetic, arithmetic.widen(eight)));
+            }
+            for sixteen in halves.as_chunks::<WIDE>().0 {
+                sixteens.extend(Lanes::<WIDE>::store(arithmetic, arithmetic.widen(sixteen)));
+            }
+            [eights, sixteens]
+        }
+    }
+
+    fn halves() -> Vec<u16> {
+        (0..=u16::MAX).filter(|half| half & 0x7C00 != 0x7C00).collect()
+    }
+
+    #[test]
+    fn every_half_is_the_same_number_for_every_set() {
+        let wanted: Vec<u32> = halves()
+            .into_iter()
+            .map(|half| half::widen(half).to_bits())
+            .collect();
+        for instructions in Instructions::available() {
+            for found in instructions.run(Widened) {
+                let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
+                assert!(found == wanted, "{instructions}");
+            }
+        }
+    }
 }

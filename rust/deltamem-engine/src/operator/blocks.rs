@@ -9,7 +9,7 @@ use ort::value::{TensorElementType, TensorValueType};
 
 use super::pages::give_back;
 use super::tensors::{MOST_SIZES, Tensors};
-use super::{Node, Shared, guarded, text, with_threads};
+use super::{Node, Shared, guarded, made, text, with_threads};
 
 const X: usize = 0;
 const WEIGHTS: usize = 1;
@@ -44,14 +44,8 @@ impl Operator for MatMulNBits {
     }
 
     fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<BlocksKernel> {
-        guarded(|| {
-            BlocksKernel::new(context, &self.rounded).map_err(|what| {
-                let node = context.node_name().unwrap_or_default();
-                ort::Error::new(format!(
-                    "the product {node}: {what}; load with graph=\"portable\""
-                ))
-            })
-        })
+        let kernel = || BlocksKernel::new(context, &self.rounded);
+        made(context, "the product", kernel, "load with graph=\"portable\"")
     }
 }
 

@@ -179,7 +179,11 @@ impl FixedRows {
         let missing: Vec<(usize, &State)> = states
             .iter()
             .enumerate()
-            .filter_map(|(row, state)| state.filter(|state| !self.holds(row, state)).map(|state| (row, state)))
+            .filter_map(|(row, state)| {
+                state
+                    .filter(|state| !self.holds(row, state))
+                    .map(|state| (row, state))
+            })
             .collect();
         // First all of them, since one may have to go where another is.
         for &(row, _) in &missing {

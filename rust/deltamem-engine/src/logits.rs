@@ -77,7 +77,9 @@ impl Logits {
     /// All of them: brought from the device, if they are there.
     pub(crate) fn all(&mut self) -> Result<&[f32]> {
         if let Some(Away {
-            row: Some(spot), vocab, ..
+            row: Some(spot),
+            vocab,
+            ..
         }) = &self.away
         {
             self.all.resize(*vocab, 0.0);

@@ -319,11 +319,7 @@ pub(crate) enum Gathered {
 
 impl Gathered {
     /// Of rows in the order of a step; `None` is a row that stands for nobody, whose state may be anything and is thrown away.
-    pub(crate) fn of(
-        memory: &Arc<DeviceMemory>,
-        rows: &[Option<&State>],
-        elements: usize,
-    ) -> Result<Self> {
+    pub(crate) fn of(memory: &Arc<DeviceMemory>, rows: &[Option<&State>], elements: usize) -> Result<Self> {
         let bytes = elements * NUMBER;
         if let Some(lying) = lying(rows, bytes) {
             return Ok(lying);

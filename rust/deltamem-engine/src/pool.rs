@@ -218,7 +218,8 @@ impl KvPool {
             // What rode along may have left rows in slots that nobody had.
             let (slots, capacity) = (block.slots.len(), block.capacity);
             let kept = if self.fixed { FIXED_ROWS } else { KEPT_ROWS };
-            let wiped = (place.block == 0 && slots * capacity <= kept) && self.wipe_block(place.block).is_ok();
+            let wiped =
+                (place.block == 0 && slots * capacity <= kept) && self.wipe_block(place.block).is_ok();
             if !wiped {
                 self.blocks[place.block] = Block::default();
             }
@@ -511,7 +512,11 @@ impl KvPool {
         }
         found.owed = found.owed.saturating_sub(1);
         let full = |slot: usize| !steps[slot] && found.slots[slot].len >= capacity;
-        let sizes = || (0..).map(|power| (1 << power).min(self.most)).skip_while(|&size| size < count);
+        let sizes = || {
+            (0..)
+                .map(|power| (1 << power).min(self.most))
+                .skip_while(|&size| size < count)
+        };
         let firsts = [0, slots / 2];
         let firsts = if slots > 1 { &firsts[..] } else { &firsts[..1] };
         let fits = |frame: &Frame| frame.first + frame.size <= slots && frame.size <= 2 * count;
@@ -535,7 +540,8 @@ impl KvPool {
                         .count()
                 };
                 let moves = |frame: &Frame| outside(frame) + too_full(frame);
-                let Some(frame) = frames().min_by_key(|frame| (moves(frame), frame.size, others(frame))) else {
+                let Some(frame) = frames().min_by_key(|frame| (moves(frame), frame.size, others(frame)))
+                else {
                     return Ok(None);
                 };
                 let cost = moves(&frame) * STEPS_A_MOVE;
@@ -664,6 +670,8 @@ impl Block {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::collections::HashSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -758,8 +766,20 @@ mod tests {
             .collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..of.len()).collect::<Vec<_>>());
+        let names: Vec<_> = windows.iter().filter_map(|window| window.fixed).collect();
+        assert!(
+            (1..names.len()).all(|last| !names[..last].contains(&names[last])),
+            "{names:?}"
+        );
         let mut all = 0;
         for window in windows {
+            if window.fixed.is_some() {
+                let (size, half) = (window.riders.len(), pool.blocks[window.block].slots.len() / 2);
+                let count = window.riders.iter().filter(|rider| rider.of.is_some()).count();
+                assert!(size.is_power_of_two() || size == pool.most, "{size} slots");
+                assert!(size <= 2 * count, "{size} slots for {count} turns");
+                assert!(window.first == 0 || window.first == half);
+            }
             let rows: Vec<_> = window
                 .riders
                 .iter()
@@ -802,8 +822,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn every_turn_keeps_its_rows_whatever_the_others_do(moves in moves(), most in 1..7_usize) {
+        fn every_turn_keeps_its_rows_whatever_the_others_do(moves in moves(), most in 1..9_usize, fixed in any::<bool>()) {
             let mut pool = KvPool::new(layout(), most, None);
+            pool.fix(fixed);
             let (mut turns, mut names) = (Vec::<Turn>::new(), 0);
             for one in moves {
                 let count = turns.len().max(1);
@@ -879,11 +900,132 @@ mod tests {
 
     #[test]
     fn a_full_turn_does_not_ride_along() {
-        let mut pool = KvPool::new(layout(), 4, None);
-        let mut turns = begun(&mut pool, 3, 5);
-        let full = CONTEXT - turns[1].len;
-        chunk(&mut pool, &mut turns[1], full);
-        step(&mut pool, &mut turns, &[0, 2]);
+        for fixed in [false, true] {
+            let mut pool = KvPool::new(layout(), 4, None);
+            pool.fix(fixed);
+            let mut turns = begun(&mut pool, 3, 5);
+            let full = CONTEXT - turns[1].len;
+            chunk(&mut pool, &mut turns[1], full);
+            step(&mut pool, &mut turns, &[0, 2]);
+            check(&mut pool, &turns);
+            // Three slots are left for the two, and a window of four for three would have the full one.
+            chunk(&mut pool, &mut turns[0], 3);
+            turns.extend([3, 4].map(|name| Turn {
+                key: None,
+                len: 0,
+                name,
+            }));
+            step(&mut pool, &mut turns, &[0, 2, 3]);
+            step(&mut pool, &mut turns, &[0, 2, 3, 4]);
+            check(&mut pool, &turns);
+        }
+    }
+
+    /// The windows of a step: their places and sizes, if they are of fixed ones.
+    fn frames(pool: &mut KvPool, turns: &mut [Turn], of: &[usize]) -> Vec<Option<(usize, usize)>> {
+        let mut keys = Vec::new();
+        for &index in of {
+            let turn = &mut turns[index];
+            pool.reserve(&mut turn.key, turn.len + 1).unwrap();
+            keys.push((turn.key.unwrap(), turn.len));
+        }
+        let windows = pool.windows(&keys).unwrap();
+        let frames = windows
+            .iter()
+            .map(|window| window.fixed.map(|_| (window.first, window.riders.len())))
+            .collect();
+        step(pool, turns, of);
+        frames
+    }
+
+    #[test]
+    fn there_are_few_windows_of_fixed_sizes_however_turns_come_and_go() {
+        let mut pool = KvPool::new(layout(), 64, None);
+        pool.fix(true);
+        let mut turns = begun(&mut pool, 10, 5);
+        let (mut seen, mut free, mut name) = (HashSet::new(), 0, 10);
+        for round in 0..600_usize {
+            // Like a queue: up to 50 come, then they leave.
+            if round % 100 < 50 && turns.len() < 60 {
+                turns.push(Turn {
+                    key: None,
+                    len: 0,
+                    name,
+                });
+                chunk(&mut pool, turns.last_mut().unwrap(), 1 + round % 7);
+                name += 1;
+            } else if turns.len() > 3 {
+                let gone = turns.remove(round * 7 % turns.len());
+                pool.release(gone.key.unwrap());
+            }
+            // Now and then somebody is late.
+            let of: Vec<usize> = (0..turns.len())
+                .filter(|index| (round + index) % 23 != 0)
+                .collect();
+            for frame in frames(&mut pool, &mut turns, &of) {
+                match frame {
+                    Some(frame) => drop(seen.insert(frame)),
+                    None => free += 1,
+                }
+            }
+            check(&mut pool, &turns);
+        }
+        assert!(
+            free <= 30,
+            "{free} of 600 steps were in no window of a fixed size"
+        );
+        // From the first slot on one of each size, and some from the middle.
+        assert!(seen.len() <= 13 && seen.contains(&(0, 64)), "{seen:?}");
+    }
+
+    #[test]
+    fn two_groups_that_step_by_turns_stay_where_they_are() {
+        let mut pool = KvPool::new(layout(), 16, None);
+        pool.fix(true);
+        let mut turns = begun(&mut pool, 10, 5);
+        let (one, other) = ([0, 2, 4, 5, 6, 8], [1, 3, 7, 9]);
+        let mut last = Vec::new();
+        for round in 0..20 {
+            last = vec![
+                frames(&mut pool, &mut turns, &one),
+                frames(&mut pool, &mut turns, &other),
+            ];
+            if round == 2 {
+                pool.blocks[0].owed = 0;
+            }
+        }
+        assert_eq!(last, [[Some((0, 8))], [Some((8, 4))]]);
+        assert_eq!(pool.blocks[0].owed, 0, "nothing was moved any more");
+        check(&mut pool, &turns);
+    }
+
+    #[test]
+    fn windows_of_fixed_sizes_lie_where_they_lay() {
+        let mut pool = KvPool::new(layout(), 16, None);
+        pool.fix(true);
+        let mut at = HashSet::new();
+        for round in 0..5 {
+            let mut turns = begun(&mut pool, 3 + 2 * round, 5);
+            let all: Vec<usize> = (0..turns.len()).collect();
+            step(&mut pool, &mut turns, &all);
+            at.insert(pool.blocks[0].buffers[0].host_mut().as_ptr() as usize);
+            for turn in turns {
+                pool.release(turn.key.unwrap());
+            }
+        }
+        assert_eq!(at.len(), 1);
+        // A long turn has no company in its length that nobody asked for.
+        let mut pool = KvPool::new(
+            KvLayout {
+                context: 1 << 16,
+                ..layout()
+            },
+            16,
+            None,
+        );
+        pool.fix(true);
+        let turns = begun(&mut pool, 1, 1 << 15);
+        assert_eq!(pool.blocks[0].slots.len(), 1);
         check(&mut pool, &turns);
     }
 

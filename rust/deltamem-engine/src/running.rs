@@ -186,7 +186,8 @@ impl Steps {
 }
 
 impl Works {
-    pub(crate) fn new(graph: Graph, pool: KvPool) -> Self {
+    pub(crate) fn new(graph: Graph, mut pool: KvPool) -> Self {
+        pool.fix(graph.captures_steps());
         Self {
             graph,
             pool,
@@ -373,9 +374,10 @@ impl Model {
             _ => None,
         };
         let (past_memory, present_memory) = match self.home() {
-            _ if let Some((_, _, buffers)) = &fixed => {
-                (Numbers::Device(&buffers.past, 0), NumbersMut::Rows(&buffers.present))
-            }
+            _ if let Some((_, _, buffers)) = &fixed => (
+                Numbers::Device(&buffers.past, 0),
+                NumbersMut::Rows(&buffers.present),
+            ),
             None => {
                 steps.past_memory.clear();
                 for state in states {

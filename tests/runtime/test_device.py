@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ import pytest
 
 import deltamem_rt as dm
 from agreement import assert_close
+from interrupted import interrupted
+from sealing import snapshot_with
 from together import beside_prompts, together
 
 CASES = ("qwen3_tsw_qo", "gemma2_tsw_qo", "mistral_window_tsw_qo")
@@ -420,6 +424,198 @@ def test_many_sessions_in_captured_steps(parity_bundle) -> None:
     assert stats.captured_steps < stats.steps
     assert stats.cuda_graphs <= 64
     assert captures.uncaptured is None
+
+
+class User:
+    """Turns of one user, the same whenever they are played again: prompts, single tokens, replies, prefixes, pauses inside a turn, states
+    that are held while the session goes on, states that are restored. `long` is how many tokens a prompt may have.
+    """
+
+    def __init__(self, seed: int, turns: int = 5, long: int = 40) -> None:
+        self.seed, self.turns, self.long = seed, turns, long
+
+    def play(self, model: dm.Model, pause: float = 0.0) -> list[object]:
+        random = np.random.default_rng(self.seed)
+        some = lambda below: int(random.integers(1, below))  # noqa: E731 - a word for it
+        found: list[object] = []
+        held: list[tuple[np.ndarray, np.ndarray]] = []
+        prefix = model.prefix(ids(some(self.long), self.seed))
+        session = model.session()
+        for turn in range(self.turns):
+            if random.random() < 0.3 and session.position == 0:
+                session.begin(prefix)
+            session.feed(ids(some(self.long), some(999)), write=random.random() < 0.8)
+            for token in ids(some(25), some(999)):
+                found.append(session.feed([token], logits=True)[0])
+                if random.random() < 0.1:
+                    live = np.from_dlpack(session.memory_dlpack())
+                    held.append((live, live.copy()))
+            # Others step meanwhile, over what this one left in the rows.
+            time.sleep(pause * random.random())
+            found.append(session.memory.copy())
+            for settings in ({}, {"temperature": 0.8, "top_k": 6, "seed": turn}, {"temperature": 0.8, "seed": turn}):
+                pieces = session.generate(None, max_new_tokens=some(20), **settings)
+                for number, _ in enumerate(pieces):
+                    if number == 3:  # whoever reads the reply takes their time, and the logits wait
+                        time.sleep(pause * random.random())
+                found.append(pieces.token_ids)
+            time.sleep(pause * random.random())
+            kept = session.snapshot().to_bytes()
+            session.feed([5], write=True)
+            choice = random.random()
+            if choice < 0.5:
+                session.end_turn()
+            elif choice < 0.7:
+                session.restore(dm.Snapshot.from_bytes(kept))
+            elif choice < 0.8:
+                session.close()
+                session = model.session()
+            found.append(session.memory.copy())
+        for live, copy in held:
+            same(live, copy)
+        session.close()
+        return found + [copy for _, copy in held]
+
+
+@pytest.fixture(scope="module")
+def alike(models) -> bool:
+    """Whether this processor's kernels compute a row the same however many rows there are, as all seen do for the goldens' shapes."""
+    users = [User(seed) for seed in range(4)]
+    batches = load(models[0].path, device="cpu")
+    found = together([lambda u=user: u.play(batches) for user in users])
+    return all(
+        np.array_equal(one, other)
+        for user, parts in zip(users, found, strict=True)
+        for one, other in zip(parts, user.play(models[0]), strict=True)
+    )
+
+
+def agree(found: list[object], expected: list[object], alike: bool) -> None:
+    for one, other in zip(found, expected, strict=True):
+        if alike or isinstance(one, list):
+            same(one, other)
+        else:
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("users", "max_batch", "long"), [(9, 16, 40), (24, 64, 40), (7, 6, 40), (6, 16, 400)])
+def test_users_that_come_and_go_in_captured_steps(users: int, max_batch: int, long: int, parity_bundle, alike) -> None:
+    """Windows are padded, turns move, caches grow, blocks are more than one: each gets what it gets alone, bit for bit."""
+    bundle = parity_bundle("qwen3_tsw_qo")
+    captures, cpu = (
+        load(bundle, device=ON_DEVICE, cuda_graphs=True, max_batch=max_batch),
+        load(bundle, device="cpu", max_batch=1),
+    )
+    everybody = [User(seed, long=long) for seed in range(users)]
+    found = together([lambda u=user: u.play(captures, 0.02) for user in everybody])
+    for user, parts in zip(everybody, found, strict=True):
+        agree(parts, user.play(cpu), alike)
+    stats = captures.stats
+    assert stats.largest_step > 1
+    assert stats.captured_steps > stats.steps / 2
+    assert stats.idle_rows <= stats.step_tokens  # padded to twice the rows at most
+    assert (captures.uncaptured, captures.unbatched) == (None, None)
+
+
+def test_most_steps_are_captured_as_users_come_and_go(parity_bundle) -> None:
+    """With few captures: two for each size of a window, and those of windows in the middle."""
+    model = load(parity_bundle("qwen3_tsw_qo"), device=ON_DEVICE, cuda_graphs=True, max_batch=64)
+
+    def user(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(12):
+            with model.session() as session:
+                session.feed(ids(int(random.integers(3, 40)), seed))
+                count = int(random.integers(5, 60))
+                for _ in session.generate(None, max_new_tokens=count, temperature=1.0, top_k=5, seed=seed):
+                    pass
+                time.sleep(0.02 * random.random())
+
+    assert together([lambda s=seed: user(s) for seed in range(20)]) == [None] * 20
+    stats = model.stats
+    assert stats.steps > 300
+    assert stats.largest_step > 8
+    assert stats.captured_steps >= 0.9 * stats.steps, stats
+    assert stats.cuda_graphs <= 2 * 13, stats
+
+
+def test_no_row_is_seen_by_another(models, alike) -> None:
+    """A memory that overflows leaves NaN in rows of states and keys, which others are padded with and get after it."""
+    model = load(models[0].path, device=ON_DEVICE, cuda_graphs=True)
+    with models[0].session() as session:
+        session.feed(ids(9))
+        data = session.snapshot().to_bytes()
+    largest = np.full(models[0].geometry.shape, 3e38, np.float32)
+    poisoned = dm.Snapshot.from_bytes(snapshot_with(data, largest))
+    users = [User(seed) for seed in range(6)]
+
+    def overflows() -> int:
+        errors = 0
+        for _ in range(12):
+            with model.session() as session:
+                session.restore(poisoned)
+                session.feed([7, 8, 9])
+                for token in range(3, 12):
+                    session.feed([token])
+                try:
+                    _ = session.memory
+                except dm.NotFiniteError:
+                    errors += 1
+        return errors
+
+    *found, errors = together([*(lambda u=user: u.play(model, 0.005) for user in users), overflows])
+    assert errors == 12
+    for user, parts in zip(users, found, strict=True):
+        agree(parts, user.play(models[0]), alike)
+
+
+def test_a_call_that_is_broken_off_gives_back_a_state_that_others_stepped_over(models, alike) -> None:
+    model = load(models[0].path, device=ON_DEVICE, cuda_graphs=True)
+    stop, users = threading.Event(), [User(seed, turns=2) for seed in range(4)]
+    expected = [user.play(models[0]) for user in users]
+
+    def others(number: int) -> None:
+        while not stop.is_set():
+            agree(users[number].play(model), expected[number], alike)
+
+    broken = 0
+    with model.session() as session, models[0].session() as reference, ThreadPoolExecutor(len(users)) as threads:
+        playing = [threads.submit(others, number) for number in range(len(users))]
+        try:
+            for attempt in range(6):
+                for token in ids(12, attempt):
+                    found = session.feed([token], logits=True)
+                    if alike:
+                        same(found, reference.feed([token], logits=True))
+                    else:
+                        np.testing.assert_allclose(found, reference.feed([token], logits=True), rtol=0, atol=1e-5)
+                before, position = session.memory_dlpack() if attempt % 2 else None, session.position
+                if interrupted(lambda: session.feed(ids(1500, 3)), 0.02):
+                    broken += 1
+                    assert session.position == position
+                    if before is not None:
+                        same(np.from_dlpack(before), session.memory)
+                else:
+                    reference.feed(ids(1500, 3))
+                if alike:
+                    same(session.memory, reference.memory)
+                else:
+                    np.testing.assert_allclose(session.memory, reference.memory, rtol=0, atol=1e-5)
+        finally:
+            stop.set()
+        for one in playing:
+            one.result(60)
+    assert broken > 0
+    assert model.stats.captured_steps > 0
+
+
+def test_two_models_that_capture(models, alike) -> None:
+    both = [load(models[0].path, device=ON_DEVICE, cuda_graphs=True) for _ in range(2)]
+    users = [User(seed) for seed in range(8)]
+    found = together([lambda u=user, m=both[n % 2]: u.play(m, 0.01) for n, user in enumerate(users)])
+    for user, parts in zip(users, found, strict=True):
+        agree(parts, user.play(models[0]), alike)
+    assert all(model.stats.captured_steps > 0 for model in both)
 
 
 def test_cuda_graphs_where_there_can_be_none(models, golden_case, tmp_path: Path) -> None:

@@ -366,6 +366,11 @@ impl DeviceBuffer {
 
     /// Writes `bytes` from `start` on.
     pub(crate) fn upload(&mut self, start: usize, bytes: &[u8]) -> Result<()> {
+        self.upload_among(start, bytes)
+    }
+
+    /// The same into a buffer that others hold too; the caller knows that nobody else reads or writes those bytes meanwhile.
+    pub(crate) fn upload_among(&self, start: usize, bytes: &[u8]) -> Result<()> {
         let words: &[i32] = bytemuck::try_cast_slice(bytes).map_err(|_| in_words(bytes.len()))?;
         let from = Tensor::input(words, &[words.len()])?;
         let to = Tensor::words(self, start, &[words.len()])?;
@@ -391,6 +396,17 @@ impl DeviceBuffer {
         bytes: usize,
     ) -> Result<()> {
         Self::copy_all(&mut [self], start, &[other], other_start, bytes)
+    }
+
+    /// The same into a buffer that others hold too; the caller knows that nobody else reads or writes those bytes meanwhile.
+    pub(crate) fn copy_among(
+        &self,
+        start: usize,
+        other: &Self,
+        other_start: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        copies(&[self], start, &[other], other_start, bytes)
     }
 
     /// The same between many, in the same place of each.

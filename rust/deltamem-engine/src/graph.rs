@@ -80,6 +80,8 @@ pub(crate) struct Run<'a> {
     pub(crate) logits: NumbersMut<'a>,
     /// What else is wanted; B is 1 then.
     pub(crate) measures: Measures<'a>,
+    /// Whether it is a step that will not come again as it is, so that it would be captured for nothing.
+    pub(crate) by_chance: bool,
 }
 
 /// Where the outputs of the measured graph go; asking for one takes that graph.
@@ -304,6 +306,7 @@ impl Graph {
             strength,
             logits,
             measures,
+            by_chance: _,
         } = run;
         let batch = lengths.len();
         let count = tokens.len() / batch.max(1);
@@ -361,11 +364,13 @@ impl Graph {
         let mut present = match present_memory {
             NumbersMut::Host(numbers) => Tensor::output(numbers, &memory_shape)?,
             NumbersMut::Device(buffer) => device_tensor(buffer, 0, &memory_shape)?,
+            NumbersMut::Rows(buffer) => device_tensor(buffer, 0, &memory_shape)?,
         };
         let logits_shape = [self.rows.len(), model.vocab()];
         let mut wanted = match logits {
             NumbersMut::Host(numbers) => Tensor::output(numbers, &logits_shape)?,
             NumbersMut::Device(buffer) => device_tensor(buffer, 0, &logits_shape)?,
+            NumbersMut::Rows(buffer) => device_tensor(buffer, 0, &logits_shape)?,
         };
         let (mut caches, mut states) = turn_tensors(turn, batch, manifest)?;
         let (position_ids, strengths, span_inputs);
@@ -458,7 +463,13 @@ impl Graph {
         run.tokens.len() == run.past.len()
             && self.captures.as_ref().is_some_and(Captures::on)
             && matches!(run.past_memory, Numbers::Device(..))
-            && matches!(run.present_memory, NumbersMut::Device(_))
+            && matches!(run.present_memory, NumbersMut::Device(_) | NumbersMut::Rows(_))
+            && !run.by_chance
+    }
+
+    /// Whether steps are captured, so that it pays to have them look the same.
+    pub(crate) fn captures_steps(&self) -> bool {
+        self.captures.as_ref().is_some_and(Captures::on)
     }
 }
 

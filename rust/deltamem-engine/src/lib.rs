@@ -12,6 +12,7 @@ mod call;
 mod captures;
 mod device;
 pub mod error;
+mod fixed;
 pub mod generation;
 mod graph;
 pub mod health;

@@ -3,11 +3,9 @@
 
 use std::sync::Arc;
 
-use crate::device::{Best, DeviceBuffer};
+use crate::device::Best;
 use crate::error::Result;
-
-/// Bytes of one number.
-const NUMBER: usize = size_of::<f32>();
+use crate::fixed::Spot;
 
 /// What came down of a token's logits.
 #[derive(Debug, Default)]
@@ -23,8 +21,8 @@ pub(crate) struct Logits {
 struct Away {
     /// The largest, (token, logit).
     best: Vec<(u32, f32)>,
-    /// The step's buffer and the row's first byte there; none once nobody can ask for them any more.
-    row: Option<(Arc<DeviceBuffer>, usize)>,
+    /// The row; none once nobody can ask for it any more.
+    row: Option<Arc<Spot>>,
     vocab: usize,
 }
 
@@ -52,8 +50,8 @@ impl Logits {
         std::mem::take(&mut self.all)
     }
 
-    /// Notes row `row` of logits on the device with the best of it. Where something in it is NaN there is no best.
-    pub(crate) fn stay(&mut self, buffer: &Arc<DeviceBuffer>, row: usize, vocab: usize, best: &Best) {
+    /// Notes logits on the device with the best of them, row `row` of `best`. Where something in it is NaN there is no best.
+    pub(crate) fn stay(&mut self, spot: Arc<Spot>, row: usize, vocab: usize, best: &Best) {
         self.all.clear();
         let range = row * best.count..(row + 1) * best.count;
         let largest = if best.wrong[row] {
@@ -66,7 +64,7 @@ impl Logits {
         };
         self.away = Some(Away {
             best: largest,
-            row: Some((Arc::clone(buffer), row * vocab * NUMBER)),
+            row: Some(spot),
             vocab,
         });
     }
@@ -79,13 +77,13 @@ impl Logits {
     /// All of them: brought from the device, if they are there.
     pub(crate) fn all(&mut self) -> Result<&[f32]> {
         if let Some(Away {
-            row: Some((buffer, start)),
+            row: Some(spot),
             vocab,
             ..
         }) = &self.away
         {
             self.all.resize(*vocab, 0.0);
-            buffer.download(*start, bytemuck::cast_slice_mut(&mut self.all))?;
+            spot.read(|buffer, start| buffer.download(start, bytemuck::cast_slice_mut(&mut self.all)))?;
             self.away = None;
         }
         Ok(&self.all)

@@ -10,6 +10,7 @@ use deltamem_core::Geometry;
 use crate::buffer::Home;
 use crate::device::{DeviceBuffer, DeviceMemory};
 use crate::error::{EngineError, Result};
+use crate::fixed::Spot;
 
 /// A state that nobody writes any more: float32, row-major [layers, heads, r, r].
 pub type MemoryView = Arc<[f32]>;
@@ -35,12 +36,18 @@ pub enum State {
 /// A state on the device: all of a buffer, or what one row of a step has written into the step's.
 #[derive(Debug)]
 pub struct Resident {
-    buffer: Arc<DeviceBuffer>,
-    /// Its first byte.
-    start: usize,
+    spot: Arc<Spot>,
     elements: usize,
     /// The host's copy, once somebody has asked for it.
     copy: OnceLock<MemoryView>,
+}
+
+/// A state as a run reads it, kept until the run is over.
+#[derive(Debug)]
+pub(crate) enum Readable {
+    Host(MemoryView),
+    /// On the device, from a byte on.
+    Device(Arc<DeviceBuffer>, usize),
 }
 
 /// Numbers that a run reads.
@@ -57,6 +64,8 @@ pub(crate) enum NumbersMut<'a> {
     Host(&'a mut [f32]),
     /// All of a device's buffer.
     Device(&'a mut DeviceBuffer),
+    /// The first rows of a device's buffer that others hold too; nobody holds what is in those.
+    Rows(&'a DeviceBuffer),
 }
 
 /// Where a run writes the state after it.
@@ -71,27 +80,33 @@ pub(crate) enum Back {
 impl Resident {
     /// What a run has written into a part of a buffer.
     pub(crate) fn new(buffer: Arc<DeviceBuffer>, start: usize, elements: usize) -> Self {
+        Self::at(Arc::new(Spot::new(buffer, start, elements * NUMBER)), elements)
+    }
+
+    /// What a run has left there.
+    pub(crate) fn at(spot: Arc<Spot>, elements: usize) -> Self {
         Self {
-            buffer,
-            start,
+            spot,
             elements,
             copy: OnceLock::new(),
         }
     }
 
-    /// The buffer that it lies in, and its first byte there.
-    pub(crate) fn place(&self) -> (&Arc<DeviceBuffer>, usize) {
-        (&self.buffer, self.start)
+    /// Where it lies.
+    pub(crate) fn spot(&self) -> &Arc<Spot> {
+        &self.spot
     }
 
-    /// Its address on the device. It stays valid as long as this does, and what is there does not change.
+    /// Its address on the device. Of a state that [`MemoryBuffers::settled`] has given it stays valid as long as this does, and what is there
+    /// does not change.
     pub fn address(&self) -> *mut std::ffi::c_void {
-        self.buffer.address().as_ptr().wrapping_add(self.start).cast()
+        let (buffer, start) = self.spot.place();
+        buffer.address().as_ptr().wrapping_add(start).cast()
     }
 
     /// The card that it lies on; none where a test has the processor play the device.
     pub fn card(&self) -> Option<i32> {
-        self.buffer.memory().provider().card()
+        self.spot.place().0.memory().provider().card()
     }
 
     /// The same on the host: copied once.
@@ -100,8 +115,8 @@ impl Resident {
             return Ok(Arc::clone(copy));
         }
         let mut numbers = vec![0.0_f32; self.elements];
-        self.buffer
-            .download(self.start, bytemuck::cast_slice_mut(&mut numbers))?;
+        self.spot
+            .read(|buffer, start| buffer.download(start, bytemuck::cast_slice_mut(&mut numbers)))?;
         // On the host this is seen behind each run.
         if !numbers.iter().all(|value| value.is_finite()) {
             return Err(not_finite());
@@ -112,30 +127,28 @@ impl Resident {
     /// The same in a buffer of its own, so that a step's buffer does not live for one of its rows.
     fn alone(self: &Arc<Self>) -> Result<Arc<Self>> {
         let bytes = self.elements * NUMBER;
-        if self.buffer.len() == bytes {
+        if self.spot.is_alone() {
             return Ok(Arc::clone(self));
         }
-        let mut own = self.buffer.memory().allocate(bytes)?;
-        own.copy(0, &self.buffer, self.start, bytes)?;
+        let own = self.spot.read(|buffer, start| {
+            let mut own = buffer.memory().allocate(bytes)?;
+            own.copy(0, buffer, start, bytes)?;
+            Ok(own)
+        })?;
         Ok(Arc::new(Self::new(Arc::new(own), 0, self.elements)))
     }
 }
 
 impl State {
-    /// What a run reads.
-    pub(crate) fn numbers(&self) -> Numbers<'_> {
-        match self {
-            Self::Host(view) => Numbers::Host(view),
-            Self::Device(state) => Numbers::Device(&state.buffer, state.start),
-        }
-    }
-
-    /// The same where a run may read it: one that begins in the middle of a step's buffer at no aligned address moves.
-    pub(crate) fn aligned(&self) -> Result<Self> {
-        match self {
-            Self::Device(state) if !state.start.is_multiple_of(ALIGNED) => Ok(Self::Device(state.alone()?)),
-            _ => Ok(self.clone()),
-        }
+    /// The same where a run may read it: one that begins in the middle of a step's buffer at no aligned address is copied.
+    pub(crate) fn aligned(&self) -> Result<Readable> {
+        let state = match self {
+            Self::Host(view) => return Ok(Readable::Host(Arc::clone(view))),
+            Self::Device(state) if state.spot.place().1.is_multiple_of(ALIGNED) => state,
+            Self::Device(state) => &state.alone()?,
+        };
+        let (buffer, start) = state.spot.place();
+        Ok(Readable::Device(buffer, start))
     }
 
     /// The state on the host: as it is, or copied from the device once.
@@ -146,6 +159,16 @@ impl State {
         match self {
             Self::Host(view) => Ok(Arc::clone(view)),
             Self::Device(state) => state.host(),
+        }
+    }
+}
+
+impl Readable {
+    /// What the run reads.
+    pub(crate) fn numbers(&self) -> Numbers<'_> {
+        match self {
+            Self::Host(view) => Numbers::Host(view),
+            Self::Device(buffer, start) => Numbers::Device(buffer, *start),
         }
     }
 }
@@ -204,7 +227,7 @@ impl MemoryBuffers {
         &self.front
     }
 
-    /// The present state where runs leave it: put there if it came from the host.
+    /// The present state where runs leave it, and where it stays: put there if it came from the host.
     pub(crate) fn settled(&mut self) -> Result<&State> {
         if let (State::Host(view), Some(memory)) = (&self.front, &self.home) {
             let mut buffer = memory.allocate(self.elements * NUMBER)?;
@@ -213,6 +236,9 @@ impl MemoryBuffers {
             // What was just sent there need not be fetched.
             let _ = state.copy.set(Arc::clone(view));
             self.front = State::Device(Arc::new(state));
+        }
+        if let State::Device(state) = &self.front {
+            state.spot.pin()?;
         }
         Ok(&self.front)
     }
@@ -286,18 +312,14 @@ impl MemoryBuffers {
 }
 
 /// The states of a step's rows, one behind the other in one buffer: as they lie, if they do, or brought together.
-pub(crate) enum Gathered<'a> {
-    Lying(&'a DeviceBuffer, usize),
+pub(crate) enum Gathered {
+    Lying(Arc<DeviceBuffer>, usize),
     Brought(DeviceBuffer),
 }
 
-impl<'a> Gathered<'a> {
+impl Gathered {
     /// Of rows in the order of a step; `None` is a row that stands for nobody, whose state may be anything and is thrown away.
-    pub(crate) fn of(
-        memory: &Arc<DeviceMemory>,
-        rows: &[Option<&'a State>],
-        elements: usize,
-    ) -> Result<Self> {
+    pub(crate) fn of(memory: &Arc<DeviceMemory>, rows: &[Option<&State>], elements: usize) -> Result<Self> {
         let bytes = elements * NUMBER;
         if let Some(lying) = lying(rows, bytes) {
             return Ok(lying);
@@ -311,18 +333,16 @@ impl<'a> Gathered<'a> {
                 Some(State::Host(view)) => brought.upload(start, bytemuck::cast_slice(view))?,
                 Some(State::Device(state)) => {
                     // Those that lie one behind the other are copied at once.
-                    let (buffer, first) = state.place();
+                    let (buffer, first) = state.spot.place();
                     let follows = |behind: usize| match rows.get(row + behind) {
-                        Some(Some(State::Device(next))) => {
-                            Arc::ptr_eq(next.place().0, buffer) && next.place().1 == first + behind * bytes
-                        }
+                        Some(Some(State::Device(next))) => next.spot.lies(&buffer, first + behind * bytes),
                         _ => false,
                     };
                     let behind = (1..rows.len() - row)
                         .take_while(|&behind| follows(behind))
                         .count();
                     let count = 1 + behind;
-                    brought.copy(start, buffer, first, count * bytes)?;
+                    brought.copy(start, &buffer, first, count * bytes)?;
                     row += count - 1;
                 }
             }
@@ -341,18 +361,18 @@ impl<'a> Gathered<'a> {
 }
 
 /// The rows' states as they lie, if they are one behind the other. A row that stands for nobody may read what lies in between.
-fn lying<'a>(rows: &[Option<&'a State>], bytes: usize) -> Option<Gathered<'a>> {
-    let mut found: Option<(&'a Arc<DeviceBuffer>, usize)> = None;
+fn lying(rows: &[Option<&State>], bytes: usize) -> Option<Gathered> {
+    let mut found: Option<(Arc<DeviceBuffer>, usize)> = None;
     for (index, row) in rows.iter().enumerate() {
         let Some(state) = row else { continue };
         let State::Device(state) = state else {
             return None;
         };
-        let (buffer, start) = state.place();
+        let (buffer, start) = state.spot.place();
         let base = start.checked_sub(index * bytes)?;
-        match found {
+        match &found {
             None => found = Some((buffer, base)),
-            Some((first, from)) if Arc::ptr_eq(buffer, first) && from == base => {}
+            Some((first, from)) if Arc::ptr_eq(&buffer, first) && *from == base => {}
             Some(_) => return None,
         }
     }
@@ -389,7 +409,7 @@ mod tests {
                 numbers.fill(value);
                 Ok(())
             }
-            NumbersMut::Device(_) => Err(held()),
+            NumbersMut::Device(_) | NumbersMut::Rows(_) => Err(held()),
         })
         .unwrap();
         buffers.advance(back).unwrap();

@@ -15,6 +15,15 @@ const RIDES: usize = 8;
 /// Rows (slots times capacity) that a block without turns keeps.
 const KEPT_ROWS: usize = 4096;
 
+/// Rows that a block of windows of fixed sizes has from the start, as far as it may have the slots, and keeps: with every growth all windows of a
+/// block lie elsewhere, and what was captured of them is lost.
+const FIXED_ROWS: usize = 16_384;
+
+/// Turns that may be moved at once to have a window of a fixed size, and steps in which the right to move one more is earned. Moving a turn costs
+/// less than a step that is not replayed while its cache is short and more when it is long; groups that change with every step are not followed.
+const MOVES: usize = 16;
+const STEPS_A_MOVE: usize = 2;
+
 /// Whose slot: what a turn holds. It stays the same when the slot moves.
 pub(crate) type Key = usize;
 
@@ -28,6 +37,8 @@ pub(crate) struct KvPool {
     blocks: Vec<Block>,
     /// Where the slot of each key is; `None` for a key that is free.
     places: Vec<Option<Place>>,
+    /// Whether windows are of few sizes in few places.
+    fixed: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +55,8 @@ struct Block {
     buffers: Vec<Buffer>,
     /// Idle rows that have ridden along since the turns were last brought together.
     rides: usize,
+    /// What was moved for windows of fixed sizes and is not earned yet, in steps.
+    owed: usize,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -71,6 +84,21 @@ pub(crate) struct Window {
     first: usize,
     /// One for each slot.
     pub(crate) riders: Vec<Rider>,
+    /// Whether it is one of the few of fixed sizes: its name then, the same whenever it comes again and that of others in no step at once.
+    pub(crate) fixed: Option<[usize; 2]>,
+}
+
+/// Slots that a window of a fixed size has.
+#[derive(Debug, Clone, Copy)]
+struct Frame {
+    first: usize,
+    size: usize,
+}
+
+impl Frame {
+    fn has(self, slot: usize) -> bool {
+        (self.first..self.first + self.size).contains(&slot)
+    }
 }
 
 impl KvPool {
@@ -82,7 +110,13 @@ impl KvPool {
             most: most.max(1),
             blocks: Vec::new(),
             places: Vec::new(),
+            fixed: false,
         }
+    }
+
+    /// Whether windows are to be of few sizes in few places from here on, so that steps look the same although users come and go.
+    pub(crate) fn fix(&mut self, fixed: bool) {
+        self.fixed = fixed;
     }
 
     /// Makes room for `rows` rows in the slot of a turn, and gives it a slot if it has none yet. Returns the bytes that a cache of the turn's own
@@ -135,6 +169,12 @@ impl KvPool {
         let mut windows = Vec::new();
         for block in 0..self.blocks.len() {
             let mut window = self.window(block, turns)?;
+            if self.fixed
+                && let Some(framed) = self.framed(block, &window, turns)?
+            {
+                windows.push(framed);
+                continue;
+            }
             let riding = window.riders.iter().filter(|rider| rider.of.is_none()).count();
             if riding > 0 {
                 let room = self.blocks[block].capacity;
@@ -177,8 +217,9 @@ impl KvPool {
         if block.is_free() {
             // What rode along may have left rows in slots that nobody had.
             let (slots, capacity) = (block.slots.len(), block.capacity);
-            let wiped = (place.block == 0 && slots * capacity <= KEPT_ROWS)
-                && (0..slots).all(|slot| self.wipe(Place { slot, ..place }).is_ok());
+            let kept = if self.fixed { FIXED_ROWS } else { KEPT_ROWS };
+            let wiped =
+                (place.block == 0 && slots * capacity <= kept) && self.wipe_block(place.block).is_ok();
             if !wiped {
                 self.blocks[place.block] = Block::default();
             }
@@ -282,8 +323,23 @@ impl KvPool {
         let capacity = self.blocks[block]
             .capacity
             .max(FIRST_CAPACITY.min(self.layout.context));
-        self.resize(block, (count * 2).clamp(1, self.most), capacity)?;
+        let doubled = (count * 2).clamp(1, self.most);
+        let at_once = self.slots_at_once(block, capacity);
+        // Without memory for all of them it grows as others do.
+        if at_once <= doubled || self.resize(block, at_once, capacity).is_err() {
+            self.resize(block, doubled, capacity)?;
+        }
         Ok(Some(count))
+    }
+
+    /// Slots that a block of windows of fixed sizes has at least: the first block, which is nearly always the only one.
+    fn slots_at_once(&self, block: usize, capacity: usize) -> usize {
+        let slots = FIXED_ROWS / capacity.max(1);
+        match slots.checked_ilog2() {
+            Some(power) if self.fixed && block == 0 && slots < self.most => 1 << power,
+            Some(_) if self.fixed && block == 0 => self.most,
+            _ => 0,
+        }
     }
 
     fn grow_capacity(&mut self, block: usize, rows: usize) -> Result<()> {
@@ -292,7 +348,14 @@ impl KvPool {
             return Ok(());
         }
         let capacity = rows.next_power_of_two().min(self.layout.context).max(rows);
-        self.resize(block, found.slots.len(), capacity)
+        let mut slots = found.slots.len();
+        if self.fixed {
+            // Those that were there from the start and nobody has need not grow with the others.
+            let used = found.slots.iter().rposition(|slot| slot.key.is_some());
+            let used = used.map_or(1, |last| last + 1).next_power_of_two();
+            slots = slots.min(used.max(self.slots_at_once(block, capacity)));
+        }
+        self.resize(block, slots, capacity)
     }
 
     /// Gives a block buffers of another size, with the rows that were written.
@@ -313,7 +376,7 @@ impl KvPool {
             .slots
             .iter()
             .enumerate()
-            .filter(|(_, held)| held.written > 0)
+            .filter(|(slot, held)| *slot < slots && held.written > 0)
         {
             let of = |rows: usize| Groups {
                 start: slot * heads * rows * row,
@@ -339,6 +402,29 @@ impl KvPool {
         Buffer::wipe(&mut block.buffers, Groups { start, rows }, heads, used, row)?;
         block.slots[place.slot].written = 0;
         Ok(())
+    }
+
+    /// Wipes all that was written in a block: on a device by one run from the first slot of that to the last.
+    fn wipe_block(&mut self, block: usize) -> Result<()> {
+        let written = |slot: &Slot| slot.written > 0;
+        let slots = &self.blocks[block].slots;
+        if let (Some(_), Some(first), Some(last)) = (
+            &self.home,
+            slots.iter().position(written),
+            slots.iter().rposition(written),
+        ) {
+            let (row, count, start) = (
+                self.row(),
+                (last + 1 - first) * self.layout.heads,
+                first * self.slot_bytes(block),
+            );
+            let block = &mut self.blocks[block];
+            let rows = block.capacity;
+            Buffer::wipe(&mut block.buffers, Groups { start, rows }, count, rows, row)?;
+            block.slots.iter_mut().for_each(|slot| slot.written = 0);
+            return Ok(());
+        }
+        (0..self.blocks[block].slots.len()).try_for_each(|slot| self.wipe(Place { block, slot }))
     }
 
     /// Moves a turn into a free slot of an earlier block, if there is one.
@@ -400,7 +486,137 @@ impl KvPool {
                 past,
             });
         }
-        Ok(Window { block, first, riders })
+        Ok(Window {
+            block,
+            first,
+            riders,
+            fixed: None,
+        })
+    }
+
+    /// The window of a fixed size for the turns of this one, if there is one of at most twice as many slots: a power of two of them, or all that a
+    /// step may have, from the block's first slot on or from its middle. From the first alone there would be fewest, but two groups that step by
+    /// turns would have to change places in each step. Turns that are too far apart are moved, where that is earned or the window as it is
+    /// takes more slots than twice its turns.
+    fn framed(&mut self, block: usize, window: &Window, turns: &[(Key, usize)]) -> Result<Option<Window>> {
+        let found = &mut self.blocks[block];
+        let (slots, capacity) = (found.slots.len(), found.capacity);
+        let mut steps = vec![false; slots];
+        let mut count = 0;
+        for (offset, rider) in window.riders.iter().enumerate() {
+            steps[window.first + offset] = rider.of.is_some();
+            count += usize::from(rider.of.is_some());
+        }
+        if count == 0 {
+            return Ok(None);
+        }
+        found.owed = found.owed.saturating_sub(1);
+        let full = |slot: usize| !steps[slot] && found.slots[slot].len >= capacity;
+        let sizes = || {
+            (0..)
+                .map(|power| (1 << power).min(self.most))
+                .skip_while(|&size| size < count)
+        };
+        let firsts = [0, slots / 2];
+        let firsts = if slots > 1 { &firsts[..] } else { &firsts[..1] };
+        let fits = |frame: &Frame| frame.first + frame.size <= slots && frame.size <= 2 * count;
+        let frames = || {
+            sizes()
+                .take_while(|&size| size <= 2 * count)
+                .take(2)
+                .flat_map(|size| firsts.iter().map(move |&first| Frame { first, size }))
+                .filter(fits)
+        };
+        let outside = |frame: &Frame| (0..slots).filter(|&slot| steps[slot] && !frame.has(slot)).count();
+        let too_full = |frame: &Frame| (0..slots).filter(|&slot| frame.has(slot) && full(slot)).count();
+        let as_it_is = frames().find(|frame| outside(frame) + too_full(frame) == 0);
+        let frame = match as_it_is {
+            Some(frame) => frame,
+            None => {
+                // The fewest moves; others that have the slots would have to move back.
+                let others = |frame: &Frame| {
+                    (0..slots)
+                        .filter(|&slot| frame.has(slot) && !steps[slot] && found.slots[slot].key.is_some())
+                        .count()
+                };
+                let moves = |frame: &Frame| outside(frame) + too_full(frame);
+                let Some(frame) = frames().min_by_key(|frame| (moves(frame), frame.size, others(frame)))
+                else {
+                    return Ok(None);
+                };
+                let cost = moves(&frame) * STEPS_A_MOVE;
+                let wide = window.riders.len() > 2 * count;
+                if found.owed + cost > MOVES * STEPS_A_MOVE && !wide {
+                    return Ok(None);
+                }
+                found.owed += cost;
+                if !self.move_into(block, frame, &mut steps)? {
+                    return Ok(None);
+                }
+                frame
+            }
+        };
+        Ok(Some(self.window_of(block, frame, turns)?))
+    }
+
+    /// Has the stepping turns of a block, and no full ones beside them, in this frame. Returns whether there was room for it.
+    fn move_into(&mut self, block: usize, frame: Frame, steps: &mut [bool]) -> Result<bool> {
+        // Those that nobody has go first: who is moved out may step by the next step again, and come back.
+        let mut inside: Vec<usize> = (frame.first..frame.first + frame.size).collect();
+        inside.sort_by_key(|&slot| self.blocks[block].slots[slot].key.is_some());
+        for slot in inside {
+            let (slots, capacity) = (&self.blocks[block].slots, self.blocks[block].capacity);
+            let full = |slot: usize| slots[slot].len >= capacity;
+            if steps[slot] {
+                continue;
+            }
+            let outside = || (0..slots.len()).rev().filter(|&other| !frame.has(other));
+            let other = outside().find(|&other| steps[other]).or_else(|| {
+                // A full one makes room for one that may ride along.
+                full(slot).then(|| outside().find(|&other| !full(other)))?
+            });
+            match other {
+                Some(other) => {
+                    self.swap(block, slot, other)?;
+                    steps.swap(slot, other);
+                }
+                None if full(slot) => return Ok(false),
+                None => {}
+            }
+        }
+        Ok((0..steps.len()).all(|slot| !steps[slot] || frame.has(slot)))
+    }
+
+    /// The window of a frame that has all of these turns which are in the block.
+    fn window_of(&self, block: usize, frame: Frame, turns: &[(Key, usize)]) -> Result<Window> {
+        let slots = &self.blocks[block].slots[frame.first..][..frame.size];
+        let mut riders: Vec<Rider> = slots
+            .iter()
+            .map(|slot| Rider {
+                of: None,
+                past: slot.len,
+            })
+            .collect();
+        for (index, &(key, past)) in turns.iter().enumerate() {
+            let place = self.place(key)?;
+            if place.block == block
+                && let Some(rider) = place
+                    .slot
+                    .checked_sub(frame.first)
+                    .and_then(|row| riders.get_mut(row))
+            {
+                *rider = Rider {
+                    of: Some(index),
+                    past,
+                };
+            }
+        }
+        Ok(Window {
+            block,
+            first: frame.first,
+            riders,
+            fixed: Some([block, usize::from(frame.first > 0)]),
+        })
     }
 
     /// Puts the `count` turns of a window into the block's first slots.
@@ -454,6 +670,8 @@ impl Block {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::collections::HashSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -548,8 +766,20 @@ mod tests {
             .collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..of.len()).collect::<Vec<_>>());
+        let names: Vec<_> = windows.iter().filter_map(|window| window.fixed).collect();
+        assert!(
+            (1..names.len()).all(|last| !names[..last].contains(&names[last])),
+            "{names:?}"
+        );
         let mut all = 0;
         for window in windows {
+            if window.fixed.is_some() {
+                let (size, half) = (window.riders.len(), pool.blocks[window.block].slots.len() / 2);
+                let count = window.riders.iter().filter(|rider| rider.of.is_some()).count();
+                assert!(size.is_power_of_two() || size == pool.most, "{size} slots");
+                assert!(size <= 2 * count, "{size} slots for {count} turns");
+                assert!(window.first == 0 || window.first == half);
+            }
             let rows: Vec<_> = window
                 .riders
                 .iter()
@@ -592,8 +822,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn every_turn_keeps_its_rows_whatever_the_others_do(moves in moves(), most in 1..7_usize) {
+        fn every_turn_keeps_its_rows_whatever_the_others_do(moves in moves(), most in 1..9_usize, fixed in any::<bool>()) {
             let mut pool = KvPool::new(layout(), most, None);
+            pool.fix(fixed);
             let (mut turns, mut names) = (Vec::<Turn>::new(), 0);
             for one in moves {
                 let count = turns.len().max(1);
@@ -669,11 +900,132 @@ mod tests {
 
     #[test]
     fn a_full_turn_does_not_ride_along() {
-        let mut pool = KvPool::new(layout(), 4, None);
-        let mut turns = begun(&mut pool, 3, 5);
-        let full = CONTEXT - turns[1].len;
-        chunk(&mut pool, &mut turns[1], full);
-        step(&mut pool, &mut turns, &[0, 2]);
+        for fixed in [false, true] {
+            let mut pool = KvPool::new(layout(), 4, None);
+            pool.fix(fixed);
+            let mut turns = begun(&mut pool, 3, 5);
+            let full = CONTEXT - turns[1].len;
+            chunk(&mut pool, &mut turns[1], full);
+            step(&mut pool, &mut turns, &[0, 2]);
+            check(&mut pool, &turns);
+            // Three slots are left for the two, and a window of four for three would have the full one.
+            chunk(&mut pool, &mut turns[0], 3);
+            turns.extend([3, 4].map(|name| Turn {
+                key: None,
+                len: 0,
+                name,
+            }));
+            step(&mut pool, &mut turns, &[0, 2, 3]);
+            step(&mut pool, &mut turns, &[0, 2, 3, 4]);
+            check(&mut pool, &turns);
+        }
+    }
+
+    /// The windows of a step: their places and sizes, if they are of fixed ones.
+    fn frames(pool: &mut KvPool, turns: &mut [Turn], of: &[usize]) -> Vec<Option<(usize, usize)>> {
+        let mut keys = Vec::new();
+        for &index in of {
+            let turn = &mut turns[index];
+            pool.reserve(&mut turn.key, turn.len + 1).unwrap();
+            keys.push((turn.key.unwrap(), turn.len));
+        }
+        let windows = pool.windows(&keys).unwrap();
+        let frames = windows
+            .iter()
+            .map(|window| window.fixed.map(|_| (window.first, window.riders.len())))
+            .collect();
+        step(pool, turns, of);
+        frames
+    }
+
+    #[test]
+    fn there_are_few_windows_of_fixed_sizes_however_turns_come_and_go() {
+        let mut pool = KvPool::new(layout(), 64, None);
+        pool.fix(true);
+        let mut turns = begun(&mut pool, 10, 5);
+        let (mut seen, mut free, mut name) = (HashSet::new(), 0, 10);
+        for round in 0..600_usize {
+            // Like a queue: up to 50 come, then they leave.
+            if round % 100 < 50 && turns.len() < 60 {
+                turns.push(Turn {
+                    key: None,
+                    len: 0,
+                    name,
+                });
+                chunk(&mut pool, turns.last_mut().unwrap(), 1 + round % 7);
+                name += 1;
+            } else if turns.len() > 3 {
+                let gone = turns.remove(round * 7 % turns.len());
+                pool.release(gone.key.unwrap());
+            }
+            // Now and then somebody is late.
+            let of: Vec<usize> = (0..turns.len())
+                .filter(|index| (round + index) % 23 != 0)
+                .collect();
+            for frame in frames(&mut pool, &mut turns, &of) {
+                match frame {
+                    Some(frame) => drop(seen.insert(frame)),
+                    None => free += 1,
+                }
+            }
+            check(&mut pool, &turns);
+        }
+        assert!(
+            free <= 30,
+            "{free} of 600 steps were in no window of a fixed size"
+        );
+        // From the first slot on one of each size, and some from the middle.
+        assert!(seen.len() <= 13 && seen.contains(&(0, 64)), "{seen:?}");
+    }
+
+    #[test]
+    fn two_groups_that_step_by_turns_stay_where_they_are() {
+        let mut pool = KvPool::new(layout(), 16, None);
+        pool.fix(true);
+        let mut turns = begun(&mut pool, 10, 5);
+        let (one, other) = ([0, 2, 4, 5, 6, 8], [1, 3, 7, 9]);
+        let mut last = Vec::new();
+        for round in 0..20 {
+            last = vec![
+                frames(&mut pool, &mut turns, &one),
+                frames(&mut pool, &mut turns, &other),
+            ];
+            if round == 2 {
+                pool.blocks[0].owed = 0;
+            }
+        }
+        assert_eq!(last, [[Some((0, 8))], [Some((8, 4))]]);
+        assert_eq!(pool.blocks[0].owed, 0, "nothing was moved any more");
+        check(&mut pool, &turns);
+    }
+
+    #[test]
+    fn windows_of_fixed_sizes_lie_where_they_lay() {
+        let mut pool = KvPool::new(layout(), 16, None);
+        pool.fix(true);
+        let mut at = HashSet::new();
+        for round in 0..5 {
+            let mut turns = begun(&mut pool, 3 + 2 * round, 5);
+            let all: Vec<usize> = (0..turns.len()).collect();
+            step(&mut pool, &mut turns, &all);
+            at.insert(pool.blocks[0].buffers[0].host_mut().as_ptr() as usize);
+            for turn in turns {
+                pool.release(turn.key.unwrap());
+            }
+        }
+        assert_eq!(at.len(), 1);
+        // A long turn has no company in its length that nobody asked for.
+        let mut pool = KvPool::new(
+            KvLayout {
+                context: 1 << 16,
+                ..layout()
+            },
+            16,
+            None,
+        );
+        pool.fix(true);
+        let turns = begun(&mut pool, 1, 1 << 15);
+        assert_eq!(pool.blocks[0].slots.len(), 1);
         check(&mut pool, &turns);
     }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::device::{Best, DeviceBuffer, Staging};
 use crate::error::{EngineError, Result};
+use crate::fixed::{FixedRows, FixedSteps, Spot};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
 use crate::logits::Logits;
 use crate::memory::{Back, Gathered, Numbers, NumbersMut, Resident, State, held};
@@ -21,8 +22,18 @@ use crate::turn::{Pooled, TurnCache, TurnTensors};
 pub(crate) struct Works {
     pub(crate) graph: Graph,
     pub(crate) pool: KvPool,
+    /// What captured steps of many sessions read and write, where steps are captured.
+    fixed: Option<FixedSteps>,
     steps: Steps,
     comings: Comings,
+}
+
+/// Logits of a step that are on a device, and the best of them.
+struct Away<'a> {
+    buffer: Arc<DeviceBuffer>,
+    best: Best,
+    /// The rows that they are, where those stay.
+    rows: Option<&'a mut FixedRows>,
 }
 
 /// Where logits come down from a device.
@@ -148,7 +159,8 @@ pub(crate) enum Outcome {
 }
 
 impl Steps {
-    /// The inputs of a window's rows; an idle slot reads anything and writes nothing.
+    /// The inputs of a window's rows; an idle slot reads anything and writes nothing. Logits are those of the turns, in the window's order; where
+    /// it is of a fixed size, one of them comes as often as it takes to have so many rows.
     fn fill(&mut self, window: &Window, at: &[usize], rows: &[Row]) {
         self.tokens.clear();
         self.past.clear();
@@ -166,14 +178,20 @@ impl Steps {
                 self.write.push(false);
             }
         }
+        if window.fixed.is_some() {
+            let any = self.rows.first().copied().unwrap_or(0);
+            self.rows.resize(window.riders.len(), any);
+        }
     }
 }
 
 impl Works {
-    pub(crate) fn new(graph: Graph, pool: KvPool) -> Self {
+    pub(crate) fn new(graph: Graph, mut pool: KvPool) -> Self {
+        pool.fix(graph.captures_steps());
         Self {
             graph,
             pool,
+            fixed: None,
             steps: Steps::default(),
             comings: Comings::default(),
         }
@@ -227,6 +245,7 @@ impl Model {
                                 strength: chunk.strength,
                                 logits,
                                 measures: chunk.measures,
+                                by_chance: false,
                             };
                             match measured {
                                 None => graph.run(self, run),
@@ -270,7 +289,9 @@ impl Model {
             .filter(|(_, row)| matches!(row.outcome, Outcome::Waiting))
             .filter_map(|(index, row)| row.place.key.map(|key| (index, (key, row.place.len))))
             .unzip();
-        if at.len() == 1 || self.unbatched.get().is_some() {
+        let fixed = works.graph.captures_steps() && self.unbatched.get().is_none();
+        works.pool.fix(fixed);
+        if (at.len() == 1 && !fixed) || self.unbatched.get().is_some() {
             for index in at {
                 self.run_one(&mut works, &mut rows[index]);
             }
@@ -293,7 +314,7 @@ impl Model {
 
     /// Runs the rows of a window at once. Where that fails each of them runs by itself, so that none pays for another.
     fn run_window(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) {
-        if window.riders.len() == 1 {
+        if window.riders.len() == 1 && window.fixed.is_none() {
             for index in indices(window, at) {
                 self.run_one(works, &mut rows[index]);
             }
@@ -311,7 +332,7 @@ impl Model {
                     self.run_one(works, &mut rows[index]);
                     some |= matches!(rows[index].outcome, Outcome::Run);
                 }
-                if some {
+                if some && window.riders.len() > 1 {
                     // What each can do alone and all together cannot is the graph's limit, not a row's fault.
                     let why = format!(
                         "ONNX Runtime refused a step of several sessions, so they run one after another: {error}"
@@ -326,20 +347,37 @@ impl Model {
         let Works {
             graph,
             pool,
+            fixed,
             steps,
             comings,
         } = works;
         let (numbers, vocab) = (self.geometry().elements(), self.vocab());
         let batch = window.riders.len();
+        let asked = indices(window, at).count();
         steps.fill(window, at, rows);
         let states: Vec<Option<&State>> = window
             .riders
             .iter()
             .map(|rider| rider.of.map(|of| &rows[at[of]].past_memory))
             .collect();
-        let gathered;
+        let (gathered, fixed_step);
         let mut step = None;
+        let mut fixed = match (window.fixed, self.home()) {
+            (Some(name), Some(memory)) => {
+                let (most, number) = (self.max_batch(), size_of::<f32>());
+                let fixed = fixed.get_or_insert_with(|| {
+                    FixedSteps::new(Arc::clone(memory), most, numbers * number, vocab * number)
+                });
+                fixed_step = fixed.before(name, &states)?;
+                Some((fixed, name, &fixed_step))
+            }
+            _ => None,
+        };
         let (past_memory, present_memory) = match self.home() {
+            _ if let Some((_, _, buffers)) = &fixed => (
+                Numbers::Device(&buffers.past, 0),
+                NumbersMut::Rows(&buffers.present),
+            ),
             None => {
                 steps.past_memory.clear();
                 for state in states {
@@ -367,6 +405,7 @@ impl Model {
         let mut away = None;
         let count = steps.rows.len() * vocab;
         let logits = match (enough, self.home()) {
+            _ if let Some((_, _, buffers)) = &fixed => NumbersMut::Rows(&buffers.logits),
             (Some((memory, _)), _) => {
                 NumbersMut::Device(away.insert(memory.allocate(count * size_of::<f32>())?))
             }
@@ -399,30 +438,46 @@ impl Model {
                 strength: 1.0,
                 logits,
                 measures: Measures::default(),
+                by_chance: fixed.is_none(),
             },
         )?;
-        let away = match (away, enough) {
-            (Some(buffer), Some((_, count))) => {
-                let best = buffer.best(steps.rows.len(), vocab, count, &mut comings.best)?;
-                Some((Arc::new(buffer), best))
-            }
+        if let (None, Some((_, _, buffers)), Some(memory)) = (enough, &fixed, self.home()) {
+            let bytes = asked * vocab * size_of::<f32>();
+            let rows = memory.room(&mut comings.rows, bytes)?.floats_mut(asked * vocab);
+            buffers.logits.download(0, bytemuck::cast_slice_mut(rows))?;
+        }
+        let away = match (&mut fixed, away, enough) {
+            (Some((fixed, _, buffers)), _, Some((_, count))) => Some(Away {
+                best: buffers.logits.best(asked, vocab, count, &mut comings.best)?,
+                buffer: Arc::clone(&buffers.logits),
+                rows: fixed.logits(),
+            }),
+            (None, Some(buffer), Some((_, count))) => Some(Away {
+                best: buffer.best(asked, vocab, count, &mut comings.best)?,
+                buffer: Arc::new(buffer),
+                rows: None,
+            }),
             _ => None,
         };
         // What may fail comes first: a row is as it was, or has all of the step.
         let all = match (&mut comings.rows, self.home()) {
-            (Some(staging), Some(_)) if away.is_none() => staging.floats_mut(steps.rows.len() * vocab),
+            (Some(staging), Some(_)) if away.is_none() => staging.floats_mut(asked * vocab),
             _ => &mut steps.logits[..],
         };
-        self.hand_out(away.as_ref(), all, indices(window, at), rows)?;
-        self.counters.count(steps.rows.len(), batch);
-        let step = step.map(Arc::new);
-        leave_states(window, at, rows, step.as_ref(), &steps.present_memory, numbers)
+        self.hand_out(away, all, indices(window, at), rows)?;
+        self.counters.count(asked, batch);
+        let step = match (fixed, step) {
+            (Some((fixed, name, _)), _) => StepStates::Fixed(fixed.after(name).ok_or_else(held)?),
+            (None, Some(buffer)) => StepStates::Device(Arc::new(buffer)),
+            (None, None) => StepStates::Host(&steps.present_memory),
+        };
+        leave_states(window, at, rows, step, numbers)
     }
 
     /// Gives each row of a step its logits: those on the host, or the best of those on the device, or all of them from there.
     fn hand_out(
         &self,
-        away: Option<&(Arc<DeviceBuffer>, Best)>,
+        mut away: Option<Away<'_>>,
         all: &[f32],
         indices: impl Iterator<Item = usize>,
         rows: &mut [Row],
@@ -430,15 +485,19 @@ impl Model {
         let vocab = self.vocab();
         for (number, index) in indices.enumerate() {
             let Row { logits, enough, .. } = &mut rows[index];
-            match (away, enough) {
-                (Some((buffer, best)), Some(_)) => {
-                    logits.stay(buffer, number, vocab, best);
+            let bytes = vocab * size_of::<f32>();
+            match (&mut away, enough) {
+                (Some(Away { buffer, best, rows }), Some(_)) => {
+                    let spot = match rows {
+                        Some(rows) => rows.lease(number),
+                        None => Arc::new(Spot::new(Arc::clone(buffer), number * bytes, bytes)),
+                    };
+                    logits.stay(spot, number, vocab, best);
                     self.counters.best.fetch_add(1, Ordering::Relaxed);
                 }
-                (Some((buffer, _)), None) => buffer.download(
-                    number * vocab * size_of::<f32>(),
-                    bytemuck::cast_slice_mut(logits.room(vocab)),
-                )?,
+                (Some(Away { buffer, .. }), None) => {
+                    buffer.download(number * bytes, bytemuck::cast_slice_mut(logits.room(vocab)))?;
+                }
                 (None, _) => logits.set(&all[number * vocab..][..vocab]),
             }
         }
@@ -465,10 +524,11 @@ impl Model {
             logits.set(room);
             return Ok(());
         };
-        let mut buffer = memory.allocate(vocab * size_of::<f32>())?;
+        let bytes = vocab * size_of::<f32>();
+        let mut buffer = memory.allocate(bytes)?;
         run(NumbersMut::Device(&mut buffer))?;
         let best = buffer.best(1, vocab, to_bring(most, vocab), &mut comings.best)?;
-        logits.stay(&Arc::new(buffer), 0, vocab, &best);
+        logits.stay(Arc::new(Spot::new(Arc::new(buffer), 0, bytes)), 0, vocab, &best);
         self.counters.best.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -486,6 +546,7 @@ impl Model {
         let Works {
             graph, pool, comings, ..
         } = works;
+        let by_chance = self.unbatched.get().is_none();
         let turn = row.place.tensors(pool, 1)?;
         let past = row.place.len;
         let state = row.past_memory.aligned()?;
@@ -506,6 +567,8 @@ impl Model {
                             strength: 1.0,
                             logits,
                             measures: Measures::default(),
+                            // Where others step together, who is by itself once is not so again.
+                            by_chance,
                         },
                     )
                 })
@@ -528,26 +591,37 @@ impl Model {
     }
 }
 
+/// The states that a step has written, row behind row.
+enum StepStates<'a> {
+    Host(&'a [f32]),
+    /// In a buffer of the step's own.
+    Device(Arc<DeviceBuffer>),
+    /// In rows that stay.
+    Fixed(&'a mut FixedRows),
+}
+
 /// Gives each row of a step the state after it: a copy of what is on the host, or its place in the step's buffer on the device, so that where the
 /// step has written it is where the next one reads it.
 fn leave_states(
     window: &Window,
     at: &[usize],
     rows: &mut [Row],
-    step: Option<&Arc<DeviceBuffer>>,
-    states: &[f32],
+    mut step: StepStates<'_>,
     numbers: usize,
 ) -> Result<()> {
     for (number, rider) in window.riders.iter().enumerate() {
         let Some(of) = rider.of else { continue };
         let start = number * numbers;
-        match (&mut rows[at[of]].present_memory, step) {
-            (Back::Host(view), None) => Arc::get_mut(view)
+        match (&mut rows[at[of]].present_memory, &mut step) {
+            (Back::Host(view), StepStates::Host(states)) => Arc::get_mut(view)
                 .ok_or_else(held)?
                 .copy_from_slice(&states[start..][..numbers]),
-            (Back::Device(state), Some(buffer)) => {
+            (Back::Device(state), StepStates::Device(buffer)) => {
                 let first = start * size_of::<f32>();
                 *state = Some(Arc::new(Resident::new(Arc::clone(buffer), first, numbers)));
+            }
+            (Back::Device(state), StepStates::Fixed(rows)) => {
+                *state = Some(Arc::new(Resident::at(rows.lease(number), numbers)));
             }
             _ => return Err(held()),
         }

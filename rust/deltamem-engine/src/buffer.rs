@@ -13,13 +13,14 @@ use crate::error::{EngineError, Result};
 /// Where buffers are made: on a device, or, without one, on the host.
 pub(crate) type Home = Option<Arc<DeviceMemory>>;
 
-/// Bytes that are aligned for every element type.
+/// Bytes that are aligned for every element type. A device's may be shared by those who each know of another part: a run of some slots, and what is
+/// done to others beside it.
 #[derive(Debug)]
 pub(crate) enum Buffer {
     /// `u64` words, for the alignment.
     Host(Vec<u64>),
     /// The device's.
-    Device(DeviceBuffer),
+    Device(Arc<DeviceBuffer>),
 }
 
 /// A part of a buffer that a run may read and write.
@@ -29,7 +30,7 @@ pub(crate) enum Part<'a> {
     Host(&'a mut [u8]),
     /// Of a device's: so many bytes from `start` on.
     Device {
-        buffer: &'a mut DeviceBuffer,
+        buffer: &'a DeviceBuffer,
         start: usize,
         bytes: usize,
     },
@@ -57,9 +58,9 @@ impl Buffer {
             None => Ok(Self::Host(zeroed_words(bytes.div_ceil(8))?)),
             Some(memory) => {
                 // What others left there is not read, and is nobody's business.
-                let mut buffer = memory.allocate(bytes.next_multiple_of(8))?;
+                let buffer = memory.allocate(bytes.next_multiple_of(8))?;
                 buffer.zero(0, buffer.len())?;
-                Ok(Self::Device(buffer))
+                Ok(Self::Device(Arc::new(buffer)))
             }
         }
     }
@@ -98,10 +99,14 @@ impl Buffer {
             return (0..count).map(|_| Self::zeroed(bytes, home)).collect();
         };
         let bytes = bytes.next_multiple_of(8);
-        let mut buffers = (0..count)
-            .map(|_| memory.allocate(bytes).map(Self::Device))
+        let buffers = (0..count)
+            .map(|_| {
+                memory
+                    .allocate(bytes)
+                    .map(|buffer| Self::Device(Arc::new(buffer)))
+            })
             .collect::<Result<Vec<_>>>()?;
-        DeviceBuffer::zero_all(&mut devices_mut(&mut buffers), 0, bytes)?;
+        DeviceBuffer::zero_all(&devices(&buffers), 0, bytes)?;
         Ok(buffers)
     }
 
@@ -125,7 +130,7 @@ impl Buffer {
         if used == 0 {
             return Ok(());
         }
-        DeviceBuffer::zero_all(&mut devices_mut(buffers), groups.start, count * size)
+        DeviceBuffer::zero_all(&devices(buffers), groups.start, count * size)
     }
 
     /// Copies the first `used` rows of `count` groups of other buffers into groups of these. Rows behind them stay on the host, where they
@@ -160,11 +165,10 @@ impl Buffer {
                 }
             }
         }
-        let others: Vec<_> = others.iter().filter_map(Self::device).collect();
         DeviceBuffer::rows_all(
-            &mut devices_mut(buffers),
+            &devices(buffers),
             to.start,
-            &others,
+            &devices(others),
             from.start,
             Rows {
                 groups: count,
@@ -195,24 +199,25 @@ impl Buffer {
                 }
             }
         }
-        DeviceBuffer::swap_all(&mut devices_mut(buffers), low.start, high.start, count * size)
+        DeviceBuffer::swap_all(&devices(buffers), low.start, high.start, count * size)
     }
 
-    fn device(&self) -> Option<&DeviceBuffer> {
+    /// The device's, which may be held while others use other parts of it.
+    pub(crate) fn shared(&self) -> Option<Arc<DeviceBuffer>> {
         match self {
             Self::Host(_) => None,
-            Self::Device(buffer) => Some(buffer),
+            Self::Device(buffer) => Some(Arc::clone(buffer)),
         }
     }
 }
 
 /// Those of them that are the device's: all, or none.
-fn devices_mut(buffers: &mut [Buffer]) -> Vec<&mut DeviceBuffer> {
+pub(crate) fn devices(buffers: &[Buffer]) -> Vec<&DeviceBuffer> {
     buffers
-        .iter_mut()
+        .iter()
         .filter_map(|buffer| match buffer {
             Buffer::Host(_) => None,
-            Buffer::Device(buffer) => Some(buffer),
+            Buffer::Device(buffer) => Some(&**buffer),
         })
         .collect()
 }

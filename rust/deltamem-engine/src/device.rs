@@ -3,6 +3,7 @@
 //! outside this file and [`crate::call`] has an address of it to follow. It knows bytes; it knows nothing of models, turns and states.
 
 mod graphs;
+pub(crate) mod mover;
 pub(crate) mod provider;
 
 use std::collections::HashMap;
@@ -15,6 +16,7 @@ use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, Memory
 use ort::session::Session;
 use ort::value::TensorElementType;
 
+use self::mover::{Mover as Beside, Trial};
 use self::provider::Provider;
 use crate::buffer::zeroed_words;
 use crate::call::{Call, Tensor};
@@ -24,12 +26,19 @@ use crate::runtime::Runtime;
 /// What the small graphs count in: every size here is a multiple of it.
 pub(crate) const WORD: usize = size_of::<i32>();
 
+/// How many moves go on at once at most: one of the step that runs, one beside it, and one that somebody waits for. Each has small graphs, and so
+/// streams, of its own.
+const LANES: usize = 3;
+
 /// What room on the host is a multiple of, so that what grows a little at a time seldom moves.
 const PAGE: usize = 4096;
 
 /// One device's memory. Its buffers keep it alive.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
+    /// First, so that its thread is gone before anything else is.
+    beside: Beside,
+    trial: Trial,
     provider: Provider,
     runtime: &'static Runtime,
     info: MemoryInfo<'static>,
@@ -37,11 +46,12 @@ pub(crate) struct DeviceMemory {
     allocator: Mutex<Allocator>,
     /// The host's memory that the device reads and writes by itself, where ONNX Runtime has any.
     pinned: Option<Mutex<Allocator>>,
-    moves: Mutex<Moves>,
+    lanes: [parking_lot::Mutex<Moves>; LANES],
 }
 
-/// The sessions of the small graphs. The one that copies one part is there from the start, the others are opened when they are first needed.
-#[derive(Debug)]
+/// The sessions of the small graphs in one lane. The one that copies one part is there from the start in the first lane, the others are opened when
+/// they are first needed.
+#[derive(Debug, Default)]
 struct Moves {
     of_parts: HashMap<(Move, usize), Mover>,
     best: Option<Session>,
@@ -175,13 +185,20 @@ impl DeviceMemory {
             info,
             allocator: Mutex::new(allocator),
             pinned: pinned.map(Mutex::new),
-            moves: Mutex::new(Moves {
-                of_parts: HashMap::from([((Move::Copy, 1), copy)]),
-                best: None,
-            }),
+            lanes: [
+                Moves {
+                    of_parts: HashMap::from([((Move::Copy, 1), copy)]),
+                    best: None,
+                },
+                Moves::default(),
+                Moves::default(),
+            ]
+            .map(parking_lot::Mutex::new),
+            beside: Beside::default(),
+            trial: Trial::default(),
         });
         let sent = [7_u8; 8];
-        let mut buffer = memory.allocate(sent.len())?;
+        let buffer = memory.allocate(sent.len())?;
         buffer.upload(0, &sent)?;
         let mut back = [0; 8];
         buffer.download(0, &mut back)?;
@@ -256,9 +273,34 @@ impl DeviceMemory {
         kept.as_mut().ok_or_else(|| in_words(bytes))
     }
 
-    /// Does `work` while nobody else allocates, frees or moves anything here: calls that CUDA forbids while a run is captured.
+    /// Has `job` done beside the runs, on a thread of its own, when those before it are done.
+    pub(crate) fn ask(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) {
+        let memory = Arc::downgrade(self);
+        self.beside.ask(Box::new(move || {
+            if let Some(memory) = memory.upgrade() {
+                memory.trial.job_comes();
+                job();
+            }
+        }));
+    }
+
+    /// What a test has happen here.
+    pub(crate) fn trial(&self) -> &Trial {
+        &self.trial
+    }
+
+    /// A lane that nobody uses, or the first that comes free.
+    fn lane(&self) -> parking_lot::MutexGuard<'_, Moves> {
+        self.lanes
+            .iter()
+            .find_map(parking_lot::Mutex::try_lock)
+            .unwrap_or_else(|| self.lanes[0].lock())
+    }
+
+    /// Does `work` while nobody else allocates, frees or moves anything here, beside the runs either: calls that CUDA forbids while a run is
+    /// captured. Whoever holds a lane takes no other lock of this memory, so that nobody waits in a circle.
     pub(crate) fn quietly<T>(&self, work: impl FnOnce() -> T) -> T {
-        let _moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lanes = self.lanes.each_ref().map(|lane| lane.lock());
         let _allocator = self.allocator.lock().unwrap_or_else(PoisonError::into_inner);
         let _pinned = self
             .pinned
@@ -275,7 +317,8 @@ impl DeviceMemory {
         more: &[(&'static CStr, Tensor<'a>)],
         to: &mut [Tensor<'a>],
     ) -> Result<()> {
-        let mut moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        self.trial.moves()?;
+        let mut moves = self.lane();
         let graph = match moves.of_parts.entry((kind, to.len())) {
             Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(new) => new.insert(Mover::open(self.runtime, self.provider, kind, to.len())?),
@@ -364,13 +407,10 @@ impl DeviceBuffer {
         &self.memory
     }
 
-    /// Writes `bytes` from `start` on.
-    pub(crate) fn upload(&mut self, start: usize, bytes: &[u8]) -> Result<()> {
-        self.upload_among(start, bytes)
-    }
+    // Whoever has a part written, by these or by a run, is the only one who knows of that part then: nothing here follows an address.
 
-    /// The same into a buffer that others hold too; the caller knows that nobody else reads or writes those bytes meanwhile.
-    pub(crate) fn upload_among(&self, start: usize, bytes: &[u8]) -> Result<()> {
+    /// Writes `bytes` from `start` on.
+    pub(crate) fn upload(&self, start: usize, bytes: &[u8]) -> Result<()> {
         let words: &[i32] = bytemuck::try_cast_slice(bytes).map_err(|_| in_words(bytes.len()))?;
         let from = Tensor::input(words, &[words.len()])?;
         let to = Tensor::words(self, start, &[words.len()])?;
@@ -388,65 +428,46 @@ impl DeviceBuffer {
     }
 
     /// Copies `bytes` bytes of another buffer.
-    pub(crate) fn copy(
-        &mut self,
-        start: usize,
-        other: &Self,
-        other_start: usize,
-        bytes: usize,
-    ) -> Result<()> {
-        Self::copy_all(&mut [self], start, &[other], other_start, bytes)
-    }
-
-    /// The same into a buffer that others hold too; the caller knows that nobody else reads or writes those bytes meanwhile.
-    pub(crate) fn copy_among(
-        &self,
-        start: usize,
-        other: &Self,
-        other_start: usize,
-        bytes: usize,
-    ) -> Result<()> {
-        copies(&[self], start, &[other], other_start, bytes)
+    pub(crate) fn copy(&self, start: usize, other: &Self, other_start: usize, bytes: usize) -> Result<()> {
+        Self::copy_all(&[self], start, &[other], other_start, bytes)
     }
 
     /// The same between many, in the same place of each.
     pub(crate) fn copy_all(
-        buffers: &mut [&mut Self],
+        buffers: &[&Self],
         start: usize,
         others: &[&Self],
         other_start: usize,
         bytes: usize,
     ) -> Result<()> {
-        let to: Vec<_> = buffers.iter().map(|buffer| &**buffer).collect();
-        copies(&to, start, others, other_start, bytes)
+        copies(buffers, start, others, other_start, bytes)
     }
 
     /// Has two parts that do not overlap change places, in each of these. On an error they are as they were, as far as the device does anything.
-    pub(crate) fn swap_all(buffers: &mut [&mut Self], a: usize, b: usize, bytes: usize) -> Result<()> {
+    pub(crate) fn swap_all(buffers: &[&Self], a: usize, b: usize, bytes: usize) -> Result<()> {
         let aside = buffers
             .iter()
             .map(|buffer| buffer.memory.allocate(bytes))
             .collect::<Result<Vec<_>>>()?;
         let aside: Vec<_> = aside.iter().collect();
-        let buffers: Vec<_> = buffers.iter().map(|buffer| &**buffer).collect();
-        copies(&aside, 0, &buffers, a, bytes)?;
-        copies(&buffers, a, &buffers, b, bytes).inspect_err(|_| {
+        copies(&aside, 0, buffers, a, bytes)?;
+        copies(buffers, a, buffers, b, bytes).inspect_err(|_| {
             // What was there first is what is told of.
-            let _ = copies(&buffers, a, &aside, 0, bytes);
+            let _ = copies(buffers, a, &aside, 0, bytes);
         })?;
-        copies(&buffers, b, &aside, 0, bytes).inspect_err(|_| {
-            let _ = copies(&buffers, b, &buffers, a, bytes);
-            let _ = copies(&buffers, a, &aside, 0, bytes);
+        copies(buffers, b, &aside, 0, bytes).inspect_err(|_| {
+            let _ = copies(buffers, b, buffers, a, bytes);
+            let _ = copies(buffers, a, &aside, 0, bytes);
         })
     }
 
     /// Writes zeros over `bytes` bytes.
-    pub(crate) fn zero(&mut self, start: usize, bytes: usize) -> Result<()> {
-        Self::zero_all(&mut [self], start, bytes)
+    pub(crate) fn zero(&self, start: usize, bytes: usize) -> Result<()> {
+        Self::zero_all(&[self], start, bytes)
     }
 
     /// The same in each of these.
-    pub(crate) fn zero_all(buffers: &mut [&mut Self], start: usize, bytes: usize) -> Result<()> {
+    pub(crate) fn zero_all(buffers: &[&Self], start: usize, bytes: usize) -> Result<()> {
         let Some(memory) = buffers
             .first()
             .map(|buffer| Arc::clone(&buffer.memory))
@@ -466,7 +487,7 @@ impl DeviceBuffer {
 
     /// Moves rows of other buffers, from their `other_start` on, into the parts of these that begin at `start`.
     pub(crate) fn rows_all(
-        buffers: &mut [&mut Self],
+        buffers: &[&Self],
         start: usize,
         others: &[&Self],
         other_start: usize,
@@ -510,7 +531,7 @@ impl DeviceBuffer {
     }
 }
 
-/// Copies parts of buffers into parts of buffers, which may be the same where the parts do not overlap. The callers hold `to` exclusively.
+/// Copies parts of buffers into parts of buffers, which may be the same where the parts do not overlap.
 fn copies(
     to: &[&DeviceBuffer],
     start: usize,
@@ -559,7 +580,8 @@ impl DeviceBuffer {
         // Ids first, which are the longest numbers.
         let room = rows * count * size_of::<i64>() + (rows * count + rows) * number;
         let staging = memory.room(staging, room)?;
-        let mut moves = memory.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.trial.moves()?;
+        let mut moves = memory.lane();
         let (ids, floats) = staging.words_mut().split_at_mut(rows * count);
         let ids: &mut [i64] = bytemuck::cast_slice_mut(ids);
         let (values, floats) = bytemuck::cast_slice_mut::<u64, f32>(floats).split_at_mut(rows * count);

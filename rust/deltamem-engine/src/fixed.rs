@@ -107,7 +107,7 @@ impl Place {
 
     /// Copies them into a buffer of their own.
     fn leave(&mut self, bytes: usize) -> Result<()> {
-        let mut own = self.buffer.memory().allocate(bytes)?;
+        let own = self.buffer.memory().allocate(bytes)?;
         own.copy(0, &self.buffer, self.start, bytes)?;
         self.buffer = Arc::new(own);
         self.start = 0;
@@ -128,7 +128,7 @@ pub(crate) struct FixedRows {
 
 impl FixedRows {
     fn new(memory: &Arc<DeviceMemory>, rows: usize, row: usize) -> Result<Self> {
-        let mut buffer = memory.allocate(rows * row)?;
+        let buffer = memory.allocate(rows * row)?;
         buffer.zero(0, rows * row)?;
         Ok(Self {
             buffer: Arc::new(buffer),
@@ -194,8 +194,7 @@ impl FixedRows {
             let (row, state) = missing[first];
             let State::Device(resident) = state else {
                 if let State::Host(view) = state {
-                    self.buffer
-                        .upload_among(row * self.row, bytemuck::cast_slice(view))?;
+                    self.buffer.upload(row * self.row, bytemuck::cast_slice(view))?;
                 }
                 first += 1;
                 continue;
@@ -214,7 +213,7 @@ impl FixedRows {
                 .count()
                 .max(1);
             self.buffer
-                .copy_among(row * self.row, &buffer, start, count * self.row)?;
+                .copy(row * self.row, &buffer, start, count * self.row)?;
             for &(row, state) in &missing[first..first + count] {
                 if let State::Device(state) = state {
                     state.spot().settle(&self.buffer, row * self.row);

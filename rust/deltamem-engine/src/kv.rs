@@ -3,7 +3,10 @@
 //! the graph cannot do that there are two of each that take turns, past with exactly the rows that there are and present with the new
 //! ones behind them. Both grow by doubling. Dropped at the end of a turn; it knows nothing of the memory that stays.
 
-use crate::buffer::{Buffer, Groups, Home, Part};
+use std::ops::Range;
+
+use crate::buffer::{Buffer, Groups, Home, Part, devices};
+use crate::device::{DeviceBuffer, Rows};
 use crate::error::{EngineError, Result};
 
 /// The first capacity, in tokens. Most turns of a chat fit into it.
@@ -59,6 +62,17 @@ pub(crate) enum KvTensor<'a> {
     Shared(Part<'a>),
     /// Past, and present behind it in a buffer of its own.
     Separate(Part<'a>, Part<'a>),
+}
+
+impl<'a> KvTensor<'a> {
+    /// A part of a device's buffer, past and present at once. Nobody else knows of that part while the tensor is there.
+    pub(crate) fn device(buffer: &'a DeviceBuffer, bytes: Range<usize>) -> Self {
+        Self::Shared(Part::Device {
+            buffer,
+            start: bytes.start,
+            bytes: bytes.len(),
+        })
+    }
 }
 
 impl KvCache {
@@ -184,6 +198,18 @@ impl KvCache {
         };
         let (heads, row) = (self.layout.heads, self.row());
         Buffer::copy_rows(to, groups, &self.buffers, from, heads, self.len, row)
+    }
+
+    /// Copies the rows of each buffer on a device into another's groups of heads, with zeros behind them. Nobody else knows of those groups then.
+    pub(crate) fn fill(&self, to: &[&DeviceBuffer], groups: Groups) -> Result<()> {
+        let rows = Rows {
+            groups: self.layout.heads,
+            from: self.shapes(0)[0][2],
+            to: groups.rows,
+            used: self.len,
+            row: self.row(),
+        };
+        DeviceBuffer::rows_all(to, groups.start, &devices(&self.buffers), 0, rows)
     }
 
     /// A copy with the rows of another cache of the same model.

@@ -29,11 +29,14 @@ pub mod runtime;
 pub mod sampling;
 mod schedule;
 pub mod session;
+mod slots;
 pub mod spans;
 mod states;
 pub mod text;
 mod turn;
 
+#[doc(hidden)]
+pub use device::mover::Disturbance;
 pub use error::EngineError;
 pub use generation::{FinishReason, Generation, GenerationOptions, GenerationStats};
 pub use model::{Device, GraphChoice, LoadOptions, Model, examine_cuda};

@@ -6,6 +6,7 @@
 use std::sync::{Arc, OnceLock};
 
 use deltamem_core::Geometry;
+use parking_lot::Mutex;
 
 use crate::buffer::Home;
 use crate::device::{DeviceBuffer, DeviceMemory};
@@ -38,8 +39,15 @@ pub enum State {
 pub struct Resident {
     spot: Arc<Spot>,
     elements: usize,
-    /// The host's copy, once somebody has asked for it.
-    copy: OnceLock<MemoryView>,
+    copy: Arc<OnHost>,
+}
+
+/// The host's copy of a state, once somebody has asked for it, wherever the state lies on the device.
+#[derive(Debug, Default)]
+struct OnHost {
+    view: OnceLock<MemoryView>,
+    /// Held by whoever makes it.
+    making: Mutex<()>,
 }
 
 /// A state as a run reads it, kept until the run is over.
@@ -88,7 +96,7 @@ impl Resident {
         Self {
             spot,
             elements,
-            copy: OnceLock::new(),
+            copy: Arc::default(),
         }
     }
 
@@ -109,19 +117,28 @@ impl Resident {
         self.spot.place().0.memory().provider().card()
     }
 
-    /// The same on the host: copied once.
+    /// The same on the host: copied once, through memory that the device writes by itself where there is any.
     fn host(&self) -> Result<MemoryView> {
-        if let Some(copy) = self.copy.get() {
-            return Ok(Arc::clone(copy));
+        if let Some(view) = self.copy.view.get() {
+            return Ok(Arc::clone(view));
         }
-        let mut numbers = vec![0.0_f32; self.elements];
+        // One that is on its way is waited for, and not asked for again.
+        let _making = self.copy.making.lock();
+        if let Some(view) = self.copy.view.get() {
+            return Ok(Arc::clone(view));
+        }
+        let memory = Arc::clone(self.spot.place().0.memory());
+        let mut staging = memory.staging(self.elements * NUMBER)?;
+        let numbers = staging.floats_mut(self.elements);
         self.spot
-            .read(|buffer, start| buffer.download(start, bytemuck::cast_slice_mut(&mut numbers)))?;
+            .read(|buffer, start| buffer.download(start, bytemuck::cast_slice_mut(numbers)))?;
         // On the host this is seen behind each run.
         if !numbers.iter().all(|value| value.is_finite()) {
             return Err(not_finite());
         }
-        Ok(Arc::clone(self.copy.get_or_init(|| numbers.into())))
+        Ok(Arc::clone(
+            self.copy.view.get_or_init(|| MemoryView::from(&*numbers)),
+        ))
     }
 
     /// The same in a buffer of its own, so that a step's buffer does not live for one of its rows.
@@ -131,11 +148,14 @@ impl Resident {
             return Ok(Arc::clone(self));
         }
         let own = self.spot.read(|buffer, start| {
-            let mut own = buffer.memory().allocate(bytes)?;
+            let own = buffer.memory().allocate(bytes)?;
             own.copy(0, buffer, start, bytes)?;
             Ok(own)
         })?;
-        Ok(Arc::new(Self::new(Arc::new(own), 0, self.elements)))
+        Ok(Arc::new(Self {
+            copy: Arc::clone(&self.copy),
+            ..Self::new(Arc::new(own), 0, self.elements)
+        }))
     }
 }
 
@@ -149,6 +169,19 @@ impl State {
         };
         let (buffer, start) = state.spot.place();
         Ok(Readable::Device(buffer, start))
+    }
+
+    /// The same where runs leave it: put there if it came from the host.
+    pub(crate) fn settled(&self, home: &Home) -> Result<Self> {
+        let (Self::Host(view), Some(memory)) = (self, home) else {
+            return Ok(self.clone());
+        };
+        let buffer = memory.allocate(view.len() * NUMBER)?;
+        buffer.upload(0, bytemuck::cast_slice(view))?;
+        let state = Resident::new(Arc::new(buffer), 0, view.len());
+        // What was just sent there need not be fetched.
+        let _ = state.copy.view.set(Arc::clone(view));
+        Ok(Self::Device(Arc::new(state)))
     }
 
     /// The state on the host: as it is, or copied from the device once.
@@ -202,10 +235,18 @@ impl Back {
     }
 }
 
+/// Where the present state is.
+#[derive(Debug)]
+enum Front {
+    Here(State),
+    /// On its way out of a step's buffer, on a device: here as it lies, and as it will lie once it has moved.
+    Leaving(Arc<Mutex<State>>),
+}
+
 /// The front buffer and the spare ones behind it.
 #[derive(Debug)]
 pub(crate) struct MemoryBuffers {
-    front: State,
+    front: Front,
     spares: Vec<MemoryView>,
     elements: usize,
     home: Home,
@@ -215,7 +256,7 @@ impl MemoryBuffers {
     /// A zeroed memory. Runs leave it on the device, if there is one.
     pub(crate) fn zeroed(geometry: &Geometry, home: Home) -> Self {
         Self {
-            front: State::Host(vec![0.0; geometry.elements()].into()),
+            front: Front::Here(State::Host(vec![0.0; geometry.elements()].into())),
             spares: Vec::with_capacity(SPARES),
             elements: geometry.elements(),
             home,
@@ -223,24 +264,21 @@ impl MemoryBuffers {
     }
 
     /// The present state. Holding it keeps it: later runs write elsewhere.
-    pub(crate) fn front(&self) -> &State {
-        &self.front
+    pub(crate) fn front(&self) -> State {
+        match &self.front {
+            Front::Here(state) => state.clone(),
+            Front::Leaving(state) => state.lock().clone(),
+        }
     }
 
     /// The present state where runs leave it, and where it stays: put there if it came from the host.
-    pub(crate) fn settled(&mut self) -> Result<&State> {
-        if let (State::Host(view), Some(memory)) = (&self.front, &self.home) {
-            let mut buffer = memory.allocate(self.elements * NUMBER)?;
-            buffer.upload(0, bytemuck::cast_slice(view))?;
-            let state = Resident::new(Arc::new(buffer), 0, self.elements);
-            // What was just sent there need not be fetched.
-            let _ = state.copy.set(Arc::clone(view));
-            self.front = State::Device(Arc::new(state));
-        }
-        if let State::Device(state) = &self.front {
+    pub(crate) fn settled(&mut self) -> Result<State> {
+        let state = self.front().settled(&self.home)?;
+        if let State::Device(state) = &state {
             state.spot.pin()?;
         }
-        Ok(&self.front)
+        self.front = Front::Here(state.clone());
+        Ok(state)
     }
 
     /// Takes a place that a run may write.
@@ -280,15 +318,36 @@ impl MemoryBuffers {
         self.spares.push(buffer);
     }
 
-    /// Frees what a session between turns does not need: it holds its state and nothing else.
-    pub(crate) fn free_spares(&mut self) {
+    /// Frees what a session between turns does not need: it holds its state and nothing else. On a device the state moves out of the step's buffer
+    /// beside the runs, and to the host as well where `asked` says that somebody will ask for it.
+    pub(crate) fn leave_turn(&mut self, asked: bool) {
         self.spares.clear();
-        // Without room for a copy the step's buffer stays with it.
-        if let State::Device(state) = &self.front
-            && let Ok(alone) = state.alone()
-        {
-            self.front = State::Device(alone);
+        let (Front::Here(state @ State::Device(held)), Some(memory)) = (&self.front, &self.home) else {
+            return;
+        };
+        let moves = !held.spot.is_alone();
+        if !moves && (!asked || held.copy.view.get().is_some()) {
+            return;
         }
+        let leaving = Arc::new(Mutex::new(state.clone()));
+        // Whoever needs the state in the meantime reads it where it lies; if nobody holds it any more, nothing is done.
+        let weak = Arc::downgrade(&leaving);
+        memory.ask(move || {
+            let state = weak.upgrade().map(|leaving| leaving.lock().clone());
+            let Some(State::Device(state)) = state else { return };
+            if state.spot.place().0.memory().trial().job_begins().is_err() {
+                return;
+            }
+            if asked {
+                // Whoever asks then is told what is wrong.
+                let _ = state.host();
+            }
+            // Without room for a copy the step's buffer stays with it.
+            if let (Ok(alone), Some(leaving)) = (state.alone(), weak.upgrade()) {
+                *leaving.lock() = State::Device(alone);
+            }
+        });
+        self.front = Front::Leaving(leaving);
     }
 
     /// Makes what a run has written the front; the old front becomes a spare.
@@ -303,7 +362,7 @@ impl MemoryBuffers {
 
     /// Makes `state` the front; the old front becomes a spare.
     pub(crate) fn set_front(&mut self, state: State) {
-        if let State::Host(old) = std::mem::replace(&mut self.front, state)
+        if let Front::Here(State::Host(old)) = std::mem::replace(&mut self.front, Front::Here(state))
             && self.home.is_none()
         {
             self.keep(old);
@@ -324,7 +383,7 @@ impl Gathered {
         if let Some(lying) = lying(rows, bytes) {
             return Ok(lying);
         }
-        let mut brought = memory.allocate(rows.len() * bytes)?;
+        let brought = memory.allocate(rows.len() * bytes)?;
         let mut row = 0;
         while row < rows.len() {
             let start = row * bytes;

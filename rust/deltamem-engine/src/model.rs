@@ -8,16 +8,18 @@ use deltamem_core::{Fingerprint, Geometry};
 
 use crate::buffer::Home;
 use crate::bundle::{Bundle, GraphDevice, Manifest, Verify};
+use crate::device::mover::Disturbance;
 use crate::device::provider::{NoCuda, Provider, expect_cuda, no_card};
 use crate::device::{DeviceMemory, WORD};
 use crate::error::{EngineError, Result};
 use crate::graph::{Graph, Names};
 use crate::kv::KvLayout;
 use crate::operator::product_instructions;
-use crate::pool::{Key, KvPool};
+use crate::pool::KvPool;
 use crate::running::{Counters, Row, Works};
 use crate::runtime::Runtime;
 use crate::schedule::{Schedule, Seat};
+use crate::slots::Slots;
 use crate::text::{ChatTemplate, Text};
 use crate::turn::{TurnCache, TurnKv};
 
@@ -184,14 +186,14 @@ pub struct Model {
     names: Names,
     kv_layout: KvLayout,
     pub(crate) schedule: Schedule<Row>,
-    /// Used by whoever runs, and for a moment by turns that begin or end.
+    /// Used by whoever runs.
     pub(crate) works: parking_lot::Mutex<Works>,
+    /// Where turns have their keys and values.
+    pub(crate) slots: Slots,
     measured: OnceLock<Mutex<Graph>>,
     opening_measured: Mutex<()>,
     /// Caches of turns that had buffers of their own.
     idle_caches: Mutex<Vec<TurnCache>>,
-    /// Slots of turns that ended while somebody was running.
-    pub(crate) released: parking_lot::Mutex<Vec<Key>>,
     /// Why sessions run one after another, if they do.
     pub(crate) unbatched: OnceLock<String>,
     /// Why steps are not captured, if they are not.
@@ -348,6 +350,8 @@ impl Model {
         }
         let pooled = unbatched.get().is_none();
         let most = if pooled { options.max_batch } else { 1 };
+        let mut pool = KvPool::new(kv_layout, most, home.clone());
+        pool.fix(graph.captures_steps());
         Ok(Arc::new(Self {
             runtime,
             geometry,
@@ -357,8 +361,8 @@ impl Model {
             names,
             kv_layout,
             schedule: Schedule::new(most),
-            works: parking_lot::Mutex::new(Works::new(graph, KvPool::new(kv_layout, most, home.clone()))),
-            released: parking_lot::Mutex::new(Vec::new()),
+            works: parking_lot::Mutex::new(Works::new(graph)),
+            slots: Slots::new(pool, home.clone()),
             unbatched,
             uncaptured,
             pooled,
@@ -442,6 +446,18 @@ impl Model {
     /// The device's memory, where the graph runs on one.
     pub(crate) fn home(&self) -> &Home {
         &self.home
+    }
+
+    /// Has the moves beside the runs disturbed, where the processor plays the device; for tests.
+    #[doc(hidden)]
+    pub fn disturb(&self, what: Disturbance) {
+        if let Some(memory) = self
+            .home
+            .as_ref()
+            .filter(|memory| memory.provider().card().is_none())
+        {
+            memory.trial().set(what);
+        }
     }
 
     /// Threads that one run uses; 0 means one a core.
@@ -548,15 +564,12 @@ impl Model {
         )
     }
 
-    /// Takes a turn's buffers back. A slot is free at once; it is wiped now, or by whoever runs when that run is done.
+    /// Takes a turn's buffers back. A slot is free at once; it is wiped now, by whoever runs when that run is done, or on a device beside the runs.
     pub(crate) fn return_cache(&self, mut cache: TurnCache) {
         match &mut cache.kv {
             TurnKv::Pooled(place) => {
                 if let Some(key) = place.key.take() {
-                    self.released.lock().push(key);
-                    if let Some(mut works) = self.works.try_lock() {
-                        works.clear_released(self);
-                    }
+                    self.slots.give_back(key);
                 }
             }
             TurnKv::Own(kv) => {

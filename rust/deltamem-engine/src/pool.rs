@@ -2,11 +2,17 @@
 //! slot is one turn's cache. A run of one turn binds its slot's part of each buffer, a step of several turns binds the slots from the first to
 //! the last of them, so that nothing is copied from step to step. An idle slot in between rides along with a token that is written behind
 //! its rows, where nothing reads it. Blocks grow by doubling, in slots and in capacity. It knows rows and slots; it knows nothing of whose they
-//! are, nor when anything runs.
+//! are, nor when anything runs. On a device it says what is to be done to slots, which others do beside the runs ([`crate::slots`]).
 
-use crate::buffer::{Buffer, Groups, Home};
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::buffer::{Buffer, Groups, Home, devices};
+use crate::device::DeviceBuffer;
+use crate::device::mover::{Doing, Fence};
 use crate::error::{EngineError, Result};
 use crate::kv::{FIRST_CAPACITY, KvCache, KvLayout, KvTensor};
+use crate::turn::Pooled;
 
 /// Idle slots that may ride along, step by step added up, before the stepping ones are brought together. Moving a turn once costs about what
 /// so many idle rows do.
@@ -23,6 +29,8 @@ const FIXED_ROWS: usize = 16_384;
 /// less than a step that is not replayed while its cache is short and more when it is long; groups that change with every step are not followed.
 const MOVES: usize = 16;
 const STEPS_A_MOVE: usize = 2;
+/// What slots are wiped with where a test wants to see that nobody reads it: bits of a number that is none.
+const POISON: u8 = 0xFF;
 
 /// Whose slot: what a turn holds. It stays the same when the slot moves.
 pub(crate) type Key = usize;
@@ -39,6 +47,8 @@ pub(crate) struct KvPool {
     places: Vec<Option<Place>>,
     /// Whether windows are of few sizes in few places.
     fixed: bool,
+    /// What the present run binds, on a device: nobody else touches it.
+    flying: Vec<Stretch>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,13 +69,56 @@ struct Block {
     owed: usize,
 }
 
-#[derive(Debug, Default, Clone, Copy)]
+/// Slots of a block that lie together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stretch {
+    block: usize,
+    first: usize,
+    count: usize,
+}
+
+/// What is to be done to a slot before anybody's rows are read there, on a device. A run that has it in its window may come first.
+#[derive(Debug, Clone, Default)]
+enum Todo {
+    #[default]
+    Nothing,
+    /// Another's rows are to go.
+    Wipe,
+    /// These rows are to come, with zeros behind them.
+    Fill(Arc<KvCache>),
+}
+
+/// What is being done to a slot.
+#[derive(Debug)]
+struct Work {
+    fence: Arc<Fence>,
+    what: Todo,
+}
+
+/// Something to be done to a slot, claimed by whoever holds it: nobody else touches the slot until its fence.
+#[derive(Debug)]
+pub(crate) struct Job {
+    what: Todo,
+    buffers: Vec<Arc<DeviceBuffer>>,
+    /// Where the slot lies in each of them, and how large it is.
+    groups: Groups,
+    bytes: usize,
+    doing: Doing,
+}
+
+#[derive(Debug, Default)]
 struct Slot {
     key: Option<Key>,
     /// Rows that may count for its turn: never fewer than do.
     len: usize,
     /// Rows that were ever written, which are wiped before somebody else gets the slot.
     written: usize,
+    todo: Todo,
+    work: Option<Work>,
+    /// What a job in front of the turn's first run has met.
+    error: Option<EngineError>,
+    /// Whether its turn has not run yet.
+    fresh: bool,
 }
 
 /// One row of a step.
@@ -111,6 +164,7 @@ impl KvPool {
             blocks: Vec::new(),
             places: Vec::new(),
             fixed: false,
+            flying: Vec::new(),
         }
     }
 
@@ -128,22 +182,33 @@ impl KvPool {
         };
         let place = self.place(key)?;
         self.grow_capacity(place.block, rows)?;
+        Ok(self.own_bytes(rows))
+    }
+
+    /// Bytes of a cache of so many rows.
+    pub(crate) fn own_bytes(&self, rows: usize) -> usize {
         let capacity = rows
             .next_power_of_two()
             .max(FIRST_CAPACITY)
             .min(self.layout.context);
-        Ok(self.layout.buffers * self.layout.heads * capacity * self.row())
+        self.layout.buffers * self.layout.heads * capacity * self.row()
     }
 
-    /// The tensors of a run of one turn, and their shape; there must be room for its rows up to `rows`.
-    pub(crate) fn one(&mut self, key: Key, rows: usize) -> Result<(Vec<KvTensor<'_>>, [usize; 4])> {
+    /// What a run of one turn binds; there must be room for its rows up to `rows`.
+    pub(crate) fn one(&mut self, key: Key, rows: usize) -> Result<Stretch> {
         let place = self.place(key)?;
         self.note(place, rows);
-        Ok(self.tensors(place.block, place.slot, 1))
+        let stretch = Stretch {
+            block: place.block,
+            first: place.slot,
+            count: 1,
+        };
+        self.fly(stretch);
+        Ok(stretch)
     }
 
-    /// The tensors of a window, and their shape.
-    pub(crate) fn many(&mut self, window: &Window) -> (Vec<KvTensor<'_>>, [usize; 4]) {
+    /// What the run of a window binds.
+    pub(crate) fn many(&mut self, window: &Window) -> Stretch {
         for (offset, rider) in window.riders.iter().enumerate() {
             let slot = &mut self.blocks[window.block].slots[window.first + offset];
             slot.written = slot.written.max(rider.past + 1);
@@ -151,7 +216,7 @@ impl KvPool {
                 slot.len = slot.len.max(rider.past + 1);
             }
         }
-        self.tensors(window.block, window.first, window.riders.len())
+        window.stretch()
     }
 
     /// The windows that hold these turns, of which each has the rows given and room for one more. Turns come down into free slots of earlier
@@ -195,25 +260,22 @@ impl KvPool {
                 windows.push(window);
             }
         }
+        for window in &windows {
+            self.fly(window.stretch());
+        }
         Ok(windows)
     }
 
-    /// Frees a turn's slot and wipes what was written there.
-    pub(crate) fn release(&mut self, key: Key) {
+    /// Frees a turn's slot and wipes what was written there; on a device it says whether that is left to be done.
+    pub(crate) fn release(&mut self, key: Key) -> bool {
         let Some(place) = self.places.get_mut(key).and_then(Option::take) else {
-            return;
+            return false;
         };
-        // A device that fails cannot wipe; whoever takes the slot next has it wiped again.
-        let left = if self.wipe(place).is_ok() {
-            Slot::default()
-        } else {
-            Slot {
-                written: self.blocks[place.block].slots[place.slot].written,
-                ..Slot::default()
-            }
-        };
+        self.blocks[place.block].slots[place.slot].leave();
+        if self.home.is_none() && self.wipe(place).is_ok() {
+            self.blocks[place.block].slots[place.slot] = Slot::default();
+        }
         let block = &mut self.blocks[place.block];
-        block.slots[place.slot] = left;
         if block.is_free() {
             // What rode along may have left rows in slots that nobody had.
             let (slots, capacity) = (block.slots.len(), block.capacity);
@@ -224,6 +286,7 @@ impl KvPool {
                 self.blocks[place.block] = Block::default();
             }
         }
+        self.any_left()
     }
 
     /// Puts another cache's rows at the beginning of a turn's slot; there must be room for them.
@@ -268,16 +331,206 @@ impl KvPool {
         self.layout.head_dim * self.layout.element_bytes
     }
 
-    fn tensors(&mut self, block: usize, first: usize, count: usize) -> (Vec<KvTensor<'_>>, [usize; 4]) {
+    /// The bytes of slots that lie together in each of their block's buffers, and their shape.
+    fn part(&self, stretch: Stretch) -> (Range<usize>, [usize; 4]) {
+        let Stretch { block, first, count } = stretch;
         let bytes = self.slot_bytes(block);
-        let block = &mut self.blocks[block];
-        let shape = [count, self.layout.heads, block.capacity, self.layout.head_dim];
-        let tensors = block
-            .buffers
-            .iter_mut()
-            .map(|buffer| KvTensor::Shared(buffer.part(first * bytes..(first + count) * bytes)))
-            .collect();
-        (tensors, shape)
+        let capacity = self.blocks[block].capacity;
+        let shape = [count, self.layout.heads, capacity, self.layout.head_dim];
+        (first * bytes..(first + count) * bytes, shape)
+    }
+
+    /// Their tensors, and their shape.
+    pub(crate) fn tensors(&mut self, stretch: Stretch) -> (Vec<KvTensor<'_>>, [usize; 4]) {
+        let (bytes, shape) = self.part(stretch);
+        let buffers = self.blocks[stretch.block].buffers.iter_mut();
+        let tensors = buffers.map(|buffer| KvTensor::Shared(buffer.part(bytes.clone())));
+        (tensors.collect(), shape)
+    }
+
+    /// The buffers that they lie in on a device, their bytes in each, and their shape.
+    pub(crate) fn shared(&self, stretch: Stretch) -> (Vec<Arc<DeviceBuffer>>, Range<usize>, [usize; 4]) {
+        let (bytes, shape) = self.part(stretch);
+        let buffers = self.blocks[stretch.block].buffers.iter();
+        (buffers.filter_map(Buffer::shared).collect(), bytes, shape)
+    }
+
+    /// The present run binds these, on a device.
+    fn fly(&mut self, stretch: Stretch) {
+        if self.home.is_some() {
+            self.flying.push(stretch);
+        }
+    }
+
+    /// The present run is over. Whether there is something to be done to any slot.
+    pub(crate) fn land(&mut self) -> bool {
+        self.flying.clear();
+        self.any_left()
+    }
+
+    fn any_left(&self) -> bool {
+        self.home.is_some()
+            && self
+                .blocks
+                .iter()
+                .flat_map(|block| &block.slots)
+                .any(|slot| !matches!(slot.todo, Todo::Nothing))
+    }
+
+    fn flies(&self, place: Place) -> bool {
+        self.flying
+            .iter()
+            .any(|one| one.block == place.block && (one.first..one.first + one.count).contains(&place.slot))
+    }
+
+    /// Gives a turn without a slot one of those that there are, if one has room for its rows and `tokens` more, and notes the prefix that its
+    /// rows begin with. For threads that are not running: no other slot is touched.
+    pub(crate) fn take_early(&mut self, turn: &mut Pooled, tokens: usize) {
+        if turn.key.is_none() {
+            let found = (0..self.blocks.len()).find_map(|block| {
+                let roomy = self.blocks[block].capacity >= turn.len + tokens;
+                let slot = roomy.then(|| self.free_now(block)).flatten()?;
+                Some(Place { block, slot })
+            });
+            turn.key = found.map(|place| self.give(place));
+        }
+        if let Some(key) = turn.key {
+            // A place that a turn has is never lost before it is given back.
+            let _ = self.begins_with(key, &mut turn.prefix);
+        }
+    }
+
+    fn begins_with(&mut self, key: Key, prefix: &mut Option<Arc<KvCache>>) -> Result<()> {
+        let place = self.place(key)?;
+        if let Some(prefix) = prefix.take() {
+            self.note(place, prefix.len());
+            self.blocks[place.block].slots[place.slot].todo = Todo::Fill(prefix);
+        }
+        Ok(())
+    }
+
+    fn slot_of(&mut self, key: Key) -> Option<(&mut Slot, Place)> {
+        let place = self.place(key).ok()?;
+        Some((&mut self.blocks[place.block].slots[place.slot], place))
+    }
+
+    /// What a job on a turn's slot has met, told once.
+    pub(crate) fn error(&mut self, key: Key) -> Option<EngineError> {
+        let (slot, _) = self.slot_of(key)?;
+        slot.is_still();
+        slot.error.take()
+    }
+
+    /// The fence of who works on a turn's slot.
+    pub(crate) fn at_it(&mut self, key: Key) -> Option<Arc<Fence>> {
+        let (slot, _) = self.slot_of(key)?;
+        slot.is_still();
+        slot.work.as_ref().map(|work| Arc::clone(&work.fence))
+    }
+
+    /// Whether nothing is left to do for a turn's slot.
+    pub(crate) fn is_ready(&mut self, key: Key) -> bool {
+        self.slot_of(key).is_some_and(|(slot, _)| slot.is_clean())
+    }
+
+    /// Something that is to be done to a turn's slot, or to any, and that can be done now.
+    pub(crate) fn claim(&mut self, key: Option<Key>) -> Option<Job> {
+        if let Some(key) = key {
+            let place = self.place(key).ok()?;
+            return self.may_claim(place).then(|| self.job(place));
+        }
+        for block in 0..self.blocks.len() {
+            for slot in 0..self.blocks[block].slots.len() {
+                let place = Place { block, slot };
+                if self.may_claim(place) {
+                    return Some(self.job(place));
+                }
+            }
+        }
+        None
+    }
+
+    fn may_claim(&mut self, place: Place) -> bool {
+        let flies = self.flies(place);
+        let slot = &mut self.blocks[place.block].slots[place.slot];
+        !flies && slot.is_still() && !matches!(slot.todo, Todo::Nothing)
+    }
+
+    fn job(&mut self, place: Place) -> Job {
+        let bytes = self.slot_bytes(place.block);
+        let block = &mut self.blocks[place.block];
+        let slot = &mut block.slots[place.slot];
+        let (fence, what) = (Arc::new(Fence::default()), std::mem::take(&mut slot.todo));
+        if matches!(what, Todo::Wipe) {
+            slot.written = 0;
+        }
+        slot.work = Some(Work {
+            fence: Arc::clone(&fence),
+            what: what.clone(),
+        });
+        Job {
+            what,
+            buffers: block.buffers.iter().filter_map(Buffer::shared).collect(),
+            groups: Groups {
+                start: place.slot * bytes,
+                rows: block.capacity,
+            },
+            bytes,
+            doing: Doing(fence),
+        }
+    }
+
+    /// Does what is left for a turn's slot, whose run is about to begin.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] when that failed, or fails; the next call tries again.
+    pub(crate) fn finish(&mut self, key: Key, prefix: &mut Option<Arc<KvCache>>) -> Result<()> {
+        if self.home.is_none() {
+            return Ok(());
+        }
+        self.begins_with(key, prefix)?;
+        let place = self.place(key)?;
+        let slot = &mut self.blocks[place.block].slots[place.slot];
+        slot.settle();
+        if let Some(error) = slot.error.take() {
+            return Err(error);
+        }
+        if !matches!(slot.todo, Todo::Nothing) {
+            let done = self.job(place).does();
+            let slot = &mut self.blocks[place.block].slots[place.slot];
+            slot.settle();
+            slot.error = None;
+            done?;
+        }
+        let slot = &mut self.blocks[place.block].slots[place.slot];
+        if std::mem::take(&mut slot.fresh) && slot.len == 0 {
+            self.examine(place)?;
+        }
+        Ok(())
+    }
+
+    /// Where a test has slots wiped with what nobody must see: whether this one was, but for the row that what rides along writes, which its turn
+    /// writes before it reads it.
+    fn examine(&self, place: Place) -> Result<()> {
+        if !self.home.as_ref().is_some_and(|memory| memory.trial().poisons()) {
+            return Ok(());
+        }
+        let (bytes, group) = (
+            self.slot_bytes(place.block),
+            self.slot_bytes(place.block) / self.layout.heads,
+        );
+        let mut found = vec![0_u32; bytes / size_of::<u32>()];
+        for buffer in self.blocks[place.block].buffers.iter().filter_map(Buffer::shared) {
+            let found: &mut [u8] = bytemuck::cast_slice_mut(&mut found);
+            buffer.download(place.slot * bytes, found)?;
+            let mut rows = found.chunks(group).flat_map(|head| &head[self.row()..]);
+            if !rows.all(|&byte| byte == 0 || byte == POISON) {
+                return Err(EngineError::Session(
+                    "a slot is handed out with another turn's rows in it; please report this".into(),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// A free slot, the first there is.
@@ -292,6 +545,13 @@ impl KvPool {
             }
             block += 1;
         };
+        let place = Place { block, slot };
+        self.wipe(place)?;
+        Ok(self.give(place))
+    }
+
+    /// Gives a free slot to a new key.
+    fn give(&mut self, place: Place) -> Key {
         let key = self
             .places
             .iter()
@@ -300,23 +560,41 @@ impl KvPool {
         if key == self.places.len() {
             self.places.push(None);
         }
-        let place = Place { block, slot };
-        self.wipe(place)?;
         self.places[key] = Some(place);
-        self.blocks[block].slots[slot] = Slot {
-            key: Some(key),
-            ..Slot::default()
-        };
-        Ok(key)
+        let slot = &mut self.blocks[place.block].slots[place.slot];
+        slot.key = Some(key);
+        slot.len = 0;
+        slot.error = None;
+        slot.fresh = true;
+        key
+    }
+
+    /// A free slot of those that a block has: on a device one that is wiped and is nowhere bound, if there is one.
+    fn free_now(&mut self, block: usize) -> Option<usize> {
+        let slots = 0..self.blocks[block].slots.len();
+        if self.home.is_some() {
+            for bound in [false, true] {
+                let clean = slots.clone().find(|&slot| {
+                    let flies = self.flies(Place { block, slot });
+                    let slot = &mut self.blocks[block].slots[slot];
+                    slot.key.is_none() && slot.is_clean() && flies == bound
+                });
+                if clean.is_some() {
+                    return clean;
+                }
+            }
+        }
+        slots
+            .into_iter()
+            .find(|&slot| self.blocks[block].slots[slot].key.is_none())
     }
 
     /// The first free slot of a block, which gets more slots if it may.
     fn free_slot(&mut self, block: usize) -> Result<Option<usize>> {
-        let slots = &self.blocks[block].slots;
-        if let Some(slot) = slots.iter().position(|slot| slot.key.is_none()) {
+        if let Some(slot) = self.free_now(block) {
             return Ok(Some(slot));
         }
-        let count = slots.len();
+        let count = self.blocks[block].slots.len();
         if count == self.most {
             return Ok(None);
         }
@@ -371,6 +649,13 @@ impl KvPool {
             })?;
         let (row, heads) = (self.row(), self.layout.heads);
         let found = &mut self.blocks[block];
+        for slot in &mut found.slots {
+            slot.settle();
+            if slot.key.is_none() && self.home.is_some() {
+                // Nobody's rows stay behind.
+                *slot = Slot::default();
+            }
+        }
         let mut grown = Buffer::many_zeroed(self.layout.buffers, bytes, &self.home)?;
         for (slot, held) in found
             .slots
@@ -387,10 +672,11 @@ impl KvPool {
         }
         found.buffers = grown;
         found.capacity = capacity;
-        found.slots.resize(slots, Slot::default());
+        found.slots.resize_with(slots, Slot::default);
         Ok(())
     }
 
+    /// Wipes what was written in a slot; on a device, notes that it is to be done.
     fn wipe(&mut self, place: Place) -> Result<()> {
         let (row, heads, start) = (
             self.row(),
@@ -398,6 +684,13 @@ impl KvPool {
             place.slot * self.slot_bytes(place.block),
         );
         let block = &mut self.blocks[place.block];
+        if self.home.is_some() {
+            let slot = &mut block.slots[place.slot];
+            if slot.key.is_none() && slot.written > 0 {
+                slot.todo = Todo::Wipe;
+            }
+            return Ok(());
+        }
         let (rows, used) = (block.capacity, block.slots[place.slot].written);
         Buffer::wipe(&mut block.buffers, Groups { start, rows }, heads, used, row)?;
         block.slots[place.slot].written = 0;
@@ -434,10 +727,13 @@ impl KvPool {
             let Some(slot) = self.free_slot(block)? else {
                 continue;
             };
-            let held = self.blocks[from.block].slots[from.slot];
-            self.grow_capacity(block, (rows + 1).max(held.len))?;
+            let held = &mut self.blocks[from.block].slots[from.slot];
+            held.settle();
+            let len = held.len;
+            self.grow_capacity(block, (rows + 1).max(len))?;
             let to = Place { block, slot };
             self.wipe(to)?;
+            self.blocks[block].slots[slot].settle();
             let (row, heads) = (self.row(), self.layout.heads);
             let (low, high) = self.blocks.split_at_mut(from.block);
             let (target, source) = (&mut low[block], &high[0]);
@@ -446,26 +742,33 @@ impl KvPool {
                 rows,
             };
             let (new_rows, old_rows) = (of(slot, target.capacity), of(from.slot, source.capacity));
-            if held.len > 0 {
+            let todo = if len > 0 {
                 let (new, old) = (&mut target.buffers, &source.buffers);
-                Buffer::copy_rows(new, new_rows, old, old_rows, heads, held.len, row)?;
-            }
+                Buffer::copy_rows(new, new_rows, old, old_rows, heads, len, row)?;
+                Todo::Nothing
+            } else {
+                std::mem::take(&mut target.slots[slot].todo)
+            };
             target.slots[slot] = Slot {
                 key: Some(key),
-                len: held.len,
-                written: held.len,
+                len,
+                written: len,
+                todo,
+                ..Slot::default()
             };
             self.places[key] = Some(to);
-            self.blocks[from.block].slots[from.slot].key = None;
+            self.blocks[from.block].slots[from.slot].leave();
             self.wipe(from)?;
-            self.blocks[from.block].slots[from.slot] = Slot::default();
+            if self.home.is_none() {
+                self.blocks[from.block].slots[from.slot] = Slot::default();
+            }
             break;
         }
         Ok(())
     }
 
     /// The slots of a block from the first to the last of these turns; without a rider when none of them is there.
-    fn window(&self, block: usize, turns: &[(Key, usize)]) -> Result<Window> {
+    fn window(&mut self, block: usize, turns: &[(Key, usize)]) -> Result<Window> {
         let mut here = Vec::with_capacity(turns.len());
         for (index, &(key, rows)) in turns.iter().enumerate() {
             let place = self.place(key)?;
@@ -478,7 +781,9 @@ impl KvPool {
         let mut riders = Vec::with_capacity(self.most);
         for (slot, index, past) in here {
             while first + riders.len() < slot {
-                let past = self.blocks[block].slots[first + riders.len()].len;
+                let idle = &mut self.blocks[block].slots[first + riders.len()];
+                idle.settle();
+                let past = idle.len;
                 riders.push(Rider { of: None, past });
             }
             riders.push(Rider {
@@ -588,13 +893,16 @@ impl KvPool {
     }
 
     /// The window of a frame that has all of these turns which are in the block.
-    fn window_of(&self, block: usize, frame: Frame, turns: &[(Key, usize)]) -> Result<Window> {
-        let slots = &self.blocks[block].slots[frame.first..][..frame.size];
+    fn window_of(&mut self, block: usize, frame: Frame, turns: &[(Key, usize)]) -> Result<Window> {
+        let slots = &mut self.blocks[block].slots[frame.first..][..frame.size];
         let mut riders: Vec<Rider> = slots
-            .iter()
-            .map(|slot| Rider {
-                of: None,
-                past: slot.len,
+            .iter_mut()
+            .map(|slot| {
+                slot.settle();
+                Rider {
+                    of: None,
+                    past: slot.len,
+                }
             })
             .collect();
         for (index, &(key, past)) in turns.iter().enumerate() {
@@ -643,12 +951,26 @@ impl KvPool {
         let (row, heads) = (self.row(), self.layout.heads);
         let slot_bytes = self.slot_bytes(block);
         let block = &mut self.blocks[block];
+        for slot in [a, b] {
+            block.slots[slot].settle();
+        }
         let used = block.slots[a].written.max(block.slots[b].written);
         let of = |slot: usize| Groups {
             start: slot * slot_bytes,
             rows: block.capacity,
         };
-        Buffer::swap_rows(&mut block.buffers, of(a), of(b), heads, used, row)?;
+        if self.home.is_some() && block.slots[a].key.is_none() {
+            // Nobody's rows need not come back.
+            let buffers = devices(&block.buffers);
+            DeviceBuffer::copy_all(&buffers, of(a).start, &buffers, of(b).start, slot_bytes)?;
+            block.slots[a] = Slot {
+                written: 1,
+                todo: Todo::Wipe,
+                ..Slot::default()
+            };
+        } else {
+            Buffer::swap_rows(&mut block.buffers, of(a), of(b), heads, used, row)?;
+        }
         block.slots.swap(a, b);
         for slot in [a, b] {
             if let Some(key) = block.slots[slot].key
@@ -658,6 +980,89 @@ impl KvPool {
             }
         }
         Ok(())
+    }
+}
+
+impl Slot {
+    /// Whether nobody works on it. What was done is noted: what failed is still to be done.
+    fn is_still(&mut self) -> bool {
+        let Some(work) = self.work.take_if(|work| work.fence.is_over()) else {
+            return self.work.is_none();
+        };
+        if let (Some(error), Todo::Nothing) = (work.fence.error(), &self.todo) {
+            if matches!(work.what, Todo::Fill(_)) {
+                self.error = Some(error);
+            }
+            self.todo = work.what;
+        }
+        true
+    }
+
+    /// Waits for who works on it.
+    fn settle(&mut self) {
+        if let Some(work) = &self.work {
+            work.fence.wait();
+            self.is_still();
+        }
+    }
+
+    /// Whether nothing is done to it and nothing is to be done.
+    fn is_clean(&mut self) -> bool {
+        self.is_still() && matches!(self.todo, Todo::Nothing)
+    }
+
+    /// Its turn is over.
+    fn leave(&mut self) {
+        self.key = None;
+        self.len = 0;
+        self.error = None;
+        self.todo = if self.written > 0 || self.work.is_some() {
+            Todo::Wipe
+        } else {
+            Todo::Nothing
+        };
+    }
+}
+
+impl Job {
+    /// Does it, on whatever thread, and says so by its fence.
+    pub(crate) fn does(self) -> Result<()> {
+        let done = self.work();
+        let outcome = match &done {
+            Ok(()) => Ok(()),
+            Err(error) => Err(error.again()),
+        };
+        self.doing.ends(outcome);
+        done
+    }
+
+    fn work(&self) -> Result<()> {
+        let buffers: Vec<&DeviceBuffer> = self.buffers.iter().map(|buffer| &**buffer).collect();
+        let Some(trial) = buffers.first().map(|buffer| buffer.memory().trial()) else {
+            return Ok(());
+        };
+        trial.job_begins()?;
+        match &self.what {
+            Todo::Nothing => Ok(()),
+            Todo::Wipe if trial.poisons() => {
+                let poison = vec![u32::from_ne_bytes([POISON; 4]); self.bytes / size_of::<u32>()];
+                buffers
+                    .iter()
+                    .try_for_each(|buffer| buffer.upload(self.groups.start, bytemuck::cast_slice(&poison)))
+            }
+            Todo::Wipe => DeviceBuffer::zero_all(&buffers, self.groups.start, self.bytes),
+            Todo::Fill(prefix) => prefix.fill(&buffers, self.groups),
+        }
+    }
+}
+
+impl Window {
+    fn stretch(&self) -> Stretch {
+        Stretch {
+            block: self.block,
+            first: self.first,
+            count: self.riders.len(),
+        }
     }
 }
 
@@ -725,7 +1130,8 @@ mod tests {
     fn check(pool: &mut KvPool, turns: &[Turn]) {
         for turn in turns {
             let Some(key) = turn.key else { continue };
-            let (tensors, [_, heads, capacity, _]) = pool.one(key, turn.len).unwrap();
+            let stretch = pool.one(key, turn.len).unwrap();
+            let (tensors, [_, heads, capacity, _]) = pool.tensors(stretch);
             for (b, tensor) in tensors.into_iter().enumerate() {
                 let KvTensor::Shared(part) = tensor else { panic!() };
                 let bytes = part.host();
@@ -746,7 +1152,8 @@ mod tests {
 
     fn chunk(pool: &mut KvPool, turn: &mut Turn, count: usize) {
         pool.reserve(&mut turn.key, turn.len + count).unwrap();
-        let (tensors, shape) = pool.one(turn.key.unwrap(), turn.len + count).unwrap();
+        let stretch = pool.one(turn.key.unwrap(), turn.len + count).unwrap();
+        let (tensors, shape) = pool.tensors(stretch);
         write(tensors, shape, &[(Some(turn.name), turn.len)], count);
         turn.len += count;
     }
@@ -787,7 +1194,8 @@ mod tests {
                 .collect();
             all += rows.len();
             assert!(rows.len() <= pool.most);
-            let (tensors, shape) = pool.many(&window);
+            let stretch = pool.many(&window);
+            let (tensors, shape) = pool.tensors(stretch);
             write(tensors, shape, &rows, 1);
         }
         for &index in of {
@@ -1055,7 +1463,8 @@ mod tests {
         pool.release(turns[0].key.unwrap());
         let mut key = None;
         pool.reserve(&mut key, 60).unwrap();
-        let (tensors, _) = pool.one(key.unwrap(), 0).unwrap();
+        let stretch = pool.one(key.unwrap(), 0).unwrap();
+        let (tensors, _) = pool.tensors(stretch);
         for tensor in tensors {
             let KvTensor::Shared(part) = tensor else { panic!() };
             let bytes = part.host();

@@ -9,14 +9,14 @@ use crate::kv::KvCache;
 use crate::model::Model;
 use crate::session::{Interrupt, Session};
 use crate::states::TurnStates;
-use crate::turn::{Pooled, TurnCache, TurnKv};
+use crate::turn::{TurnCache, TurnKv};
 
 /// The beginning of turns, read.
 #[derive(Debug)]
 pub struct Prefix {
     model: Arc<Model>,
     tokens: Vec<i32>,
-    kv: KvCache,
+    kv: Arc<KvCache>,
     states: TurnStates,
     logits: Vec<f32>,
 }
@@ -44,7 +44,7 @@ impl Prefix {
             ));
         };
         // A copy of just its rows: the buffers that it was read into go back to the others.
-        let (kv, states) = (KvCache::copy_of(read)?, states.clone());
+        let (kv, states) = (Arc::new(KvCache::copy_of(read)?), states.clone());
         model.return_cache(cache);
         Ok(Self {
             model,
@@ -88,22 +88,7 @@ impl Prefix {
     pub(crate) fn cache(&self, model: &Model) -> Result<TurnCache> {
         let states = self.states.clone();
         let kv = if model.pooled() {
-            let mut place = Pooled {
-                len: self.tokens.len(),
-                ..Pooled::default()
-            };
-            let mut works = model.works.lock();
-            let filled = works.pool.reserve(&mut place.key, place.len).and_then(|bytes| {
-                place.bytes = bytes;
-                place.key.map_or(Ok(()), |key| works.pool.fill(key, &self.kv))
-            });
-            if let Err(error) = filled {
-                if let Some(key) = place.key {
-                    works.pool.release(key);
-                }
-                return Err(error);
-            }
-            TurnKv::Pooled(place)
+            TurnKv::Pooled(model.slots.begun(&self.kv)?)
         } else {
             TurnKv::Own(KvCache::copy_of(&self.kv)?)
         };

@@ -12,16 +12,16 @@ use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
 use crate::logits::Logits;
 use crate::memory::{Back, Gathered, Numbers, NumbersMut, Resident, State, held};
 use crate::model::Model;
-use crate::pool::{KvPool, Window};
+use crate::pool::Window;
 use crate::sampling::to_bring;
 use crate::schedule::Seat;
-use crate::turn::{Pooled, TurnCache, TurnTensors};
+use crate::slots::Bound;
+use crate::turn::{Pooled, TurnCache, TurnKv, TurnTensors};
 
 /// What is used by one run at a time.
 #[derive(Debug)]
 pub(crate) struct Works {
     pub(crate) graph: Graph,
-    pub(crate) pool: KvPool,
     /// What captured steps of many sessions read and write, where steps are captured.
     fixed: Option<FixedSteps>,
     steps: Steps,
@@ -186,22 +186,12 @@ impl Steps {
 }
 
 impl Works {
-    pub(crate) fn new(graph: Graph, mut pool: KvPool) -> Self {
-        pool.fix(graph.captures_steps());
+    pub(crate) fn new(graph: Graph) -> Self {
         Self {
             graph,
-            pool,
             fixed: None,
             steps: Steps::default(),
             comings: Comings::default(),
-        }
-    }
-
-    /// Lets go of the slots of turns that ended while somebody was running.
-    pub(crate) fn clear_released(&mut self, model: &Model) {
-        let mut released = model.released.lock();
-        for key in released.drain(..) {
-            self.pool.release(key);
         }
     }
 }
@@ -214,60 +204,67 @@ impl Model {
         } else {
             None
         };
+        // What only this turn needs is done in front of its run, beside those of others.
+        if let TurnKv::Pooled(place) = &mut chunk.turn.kv {
+            self.slots.ready(place, chunk.tokens.len())?;
+        }
+        let state = chunk.past_memory.settled(self.home())?.aligned()?;
         self.schedule.alone(seat, || {
             self.counters.chunks.fetch_add(1, Ordering::Relaxed);
             let mut works = self.works.lock();
-            works.clear_released(self);
-            let Works {
-                graph, pool, comings, ..
-            } = &mut *works;
+            let mut slots = self.slots.bind();
+            let Works { graph, comings, .. } = &mut *works;
             let past = chunk.turn.len();
-            let state = chunk.past_memory.aligned()?;
-            let turn = chunk.turn.tensors(pool, chunk.tokens.len())?;
+            let turn = chunk.turn.tensors(&mut slots, chunk.tokens.len())?;
             let rows = match chunk.logits {
                 LogitsTo::All(_) => Rows::All,
                 LogitsTo::Last(..) => Rows::Last,
             };
-            let done =
-                chunk
-                    .present_memory
-                    .write(self.home(), self.geometry().elements(), |present_memory| {
-                        let run = |logits: NumbersMut<'_>| {
-                            let run = Run {
-                                tokens: chunk.tokens,
-                                past: &[past],
-                                write: &[chunk.write],
-                                spans: chunk.spans,
-                                rows,
-                                past_memory: state.numbers(),
-                                present_memory,
-                                turn,
-                                strength: chunk.strength,
-                                logits,
-                                measures: chunk.measures,
-                                by_chance: false,
-                            };
-                            match measured {
-                                None => graph.run(self, run),
-                                Some(measured) => measured
-                                    .lock()
-                                    .unwrap_or_else(PoisonError::into_inner)
-                                    .run(self, run),
-                            }
+            chunk
+                .present_memory
+                .write(self.home(), self.geometry().elements(), |present_memory| {
+                    let run = |logits: NumbersMut<'_>| {
+                        let run = Run {
+                            tokens: chunk.tokens,
+                            past: &[past],
+                            write: &[chunk.write],
+                            spans: chunk.spans,
+                            rows,
+                            past_memory: state.numbers(),
+                            present_memory,
+                            turn,
+                            strength: chunk.strength,
+                            logits,
+                            measures: chunk.measures,
+                            by_chance: false,
                         };
-                        match chunk.logits {
-                            LogitsTo::All(all) => run(NumbersMut::Host(all)),
-                            LogitsTo::Last(last, enough) => self.last_logits(last, enough, comings, run),
+                        match measured {
+                            None => graph.run(self, run),
+                            Some(measured) => measured
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .run(self, run),
                         }
-                    });
-            works.clear_released(self);
-            done
+                    };
+                    match chunk.logits {
+                        LogitsTo::All(all) => run(NumbersMut::Host(all)),
+                        LogitsTo::Last(last, enough) => self.last_logits(last, enough, comings, run),
+                    }
+                })
         })
     }
 
     /// Runs a row, together with those of other sessions that step at the time, and returns it with what became of it. `streaming` says
     /// that more will follow at once, as in a reply.
-    pub(crate) fn run_row(&self, seat: &mut Seat<Row>, row: Row, streaming: bool) -> Option<Row> {
+    pub(crate) fn run_row(&self, seat: &mut Seat<Row>, mut row: Row, streaming: bool) -> Option<Row> {
+        let ready = self.slots.ready(&mut row.place, 1).and_then(|()| {
+            row.past_memory = row.past_memory.settled(self.home())?;
+            Ok(())
+        });
+        if let Err(error) = ready {
+            row.outcome = Outcome::Failed(error);
+            return Some(row);
+        }
         self.schedule
             .step(seat, row, streaming, |rows| self.run_rows(rows))
     }
@@ -275,52 +272,68 @@ impl Model {
     /// Runs the rows of a step.
     fn run_rows(&self, rows: &mut [Row]) {
         let mut works = self.works.lock();
-        works.clear_released(self);
-        for row in &mut *rows {
-            let room = row.place.len + 1;
-            match works.pool.reserve(&mut row.place.key, room) {
-                Ok(bytes) => row.place.bytes = bytes,
-                Err(error) => row.outcome = Outcome::Failed(error),
-            }
-        }
-        let (at, turns): (Vec<_>, Vec<_>) = rows
-            .iter()
-            .enumerate()
-            .filter(|(_, row)| matches!(row.outcome, Outcome::Waiting))
-            .filter_map(|(index, row)| row.place.key.map(|key| (index, (key, row.place.len))))
-            .unzip();
         let fixed = works.graph.captures_steps() && self.unbatched.get().is_none();
-        works.pool.fix(fixed);
-        if (at.len() == 1 && !fixed) || self.unbatched.get().is_some() {
-            for index in at {
-                self.run_one(&mut works, &mut rows[index]);
-            }
-        } else {
-            match works.pool.windows(&turns) {
-                Ok(windows) => {
-                    for window in windows {
-                        self.run_window(&mut works, &window, &at, rows);
-                    }
+        let mut slots = self.slots.bind();
+        let (at, windows) = slots.with(|pool| {
+            pool.fix(fixed);
+            for row in &mut *rows {
+                let (room, place) = (row.place.len + 1, &mut row.place);
+                let ready = pool.reserve(&mut place.key, room).and_then(|bytes| {
+                    place.bytes = bytes;
+                    place
+                        .key
+                        .map_or(Ok(()), |key| pool.finish(key, &mut place.prefix))
+                });
+                match ready {
+                    Ok(()) => place.ready = true,
+                    Err(error) => row.outcome = Outcome::Failed(error),
                 }
-                Err(error) => {
-                    for index in at {
-                        rows[index].outcome = Outcome::Failed(error.again());
-                    }
+            }
+            let (at, turns): (Vec<_>, Vec<_>) = rows
+                .iter()
+                .enumerate()
+                .filter(|(_, row)| matches!(row.outcome, Outcome::Waiting))
+                .filter_map(|(index, row)| row.place.key.map(|key| (index, (key, row.place.len))))
+                .unzip();
+            let together = (at.len() > 1 || fixed) && self.unbatched.get().is_none();
+            let windows = together.then(|| pool.windows(&turns));
+            (at, windows)
+        });
+        match windows {
+            None => {
+                for index in at {
+                    self.run_one(&mut works, &mut slots, &mut rows[index]);
+                }
+            }
+            Some(Ok(windows)) => {
+                for window in windows {
+                    self.run_window(&mut works, &mut slots, &window, &at, rows);
+                }
+            }
+            Some(Err(error)) => {
+                for index in at {
+                    rows[index].outcome = Outcome::Failed(error.again());
                 }
             }
         }
-        works.clear_released(self);
     }
 
     /// Runs the rows of a window at once. Where that fails each of them runs by itself, so that none pays for another.
-    fn run_window(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) {
+    fn run_window(
+        &self,
+        works: &mut Works,
+        slots: &mut Bound<'_>,
+        window: &Window,
+        at: &[usize],
+        rows: &mut [Row],
+    ) {
         if window.riders.len() == 1 && window.fixed.is_none() {
             for index in indices(window, at) {
-                self.run_one(works, &mut rows[index]);
+                self.run_one(works, slots, &mut rows[index]);
             }
             return;
         }
-        match self.run_together(works, window, at, rows) {
+        match self.run_together(works, slots, window, at, rows) {
             Ok(()) => {
                 for index in indices(window, at) {
                     rows[index].outcome = Outcome::Run;
@@ -329,7 +342,7 @@ impl Model {
             Err(error) => {
                 let mut some = false;
                 for index in indices(window, at) {
-                    self.run_one(works, &mut rows[index]);
+                    self.run_one(works, slots, &mut rows[index]);
                     some |= matches!(rows[index].outcome, Outcome::Run);
                 }
                 if some && window.riders.len() > 1 {
@@ -343,10 +356,16 @@ impl Model {
         }
     }
 
-    fn run_together(&self, works: &mut Works, window: &Window, at: &[usize], rows: &mut [Row]) -> Result<()> {
+    fn run_together(
+        &self,
+        works: &mut Works,
+        slots: &mut Bound<'_>,
+        window: &Window,
+        at: &[usize],
+        rows: &mut [Row],
+    ) -> Result<()> {
         let Works {
             graph,
-            pool,
             fixed,
             steps,
             comings,
@@ -419,7 +438,7 @@ impl Model {
                 NumbersMut::Host(&mut steps.logits)
             }
         };
-        let (kv, shape) = pool.many(window);
+        let (kv, shape) = slots.many(window);
         graph.run(
             self,
             Run {
@@ -534,21 +553,19 @@ impl Model {
     }
 
     /// Runs one row by itself, where it lies.
-    fn run_one(&self, works: &mut Works, row: &mut Row) {
+    fn run_one(&self, works: &mut Works, slots: &mut Bound<'_>, row: &mut Row) {
         self.counters.count(1, 1);
-        row.outcome = match self.try_one(works, row) {
+        row.outcome = match self.try_one(works, slots, row) {
             Ok(()) => Outcome::Run,
             Err(error) => Outcome::Failed(error),
         };
     }
 
-    fn try_one(&self, works: &mut Works, row: &mut Row) -> Result<()> {
-        let Works {
-            graph, pool, comings, ..
-        } = works;
+    fn try_one(&self, works: &mut Works, slots: &mut Bound<'_>, row: &mut Row) -> Result<()> {
+        let Works { graph, comings, .. } = works;
         let by_chance = self.unbatched.get().is_none();
-        let turn = row.place.tensors(pool, 1)?;
         let past = row.place.len;
+        let turn = slots.one(&mut row.place, 1)?;
         let state = row.past_memory.aligned()?;
         row.present_memory
             .write(self.home(), self.geometry().elements(), |present_memory| {

@@ -2,6 +2,7 @@
 //! session as it was. It knows tokens only; text becomes tokens in [`crate::text`], pieces of text are made in [`crate::generation`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use deltamem_core::{Geometry, Snapshot};
 
@@ -123,6 +124,8 @@ pub struct Session {
     seat: Seat<Row>,
     /// Whether a reply is being made, token after token.
     streaming: bool,
+    /// Whether somebody has asked for the state on the host since the last turn ended, as who commits every turn does.
+    asked: AtomicBool,
 }
 
 /// What a failed call puts back.
@@ -155,6 +158,7 @@ impl Session {
             epoch: 0,
             seat: Seat::new(),
             streaming: false,
+            asked: AtomicBool::new(false),
             model,
         }
     }
@@ -175,6 +179,7 @@ impl Session {
     /// # Errors
     /// [`EngineError::Device`] when the device fails; [`EngineError::NotFinite`] for a state of a device that holds NaN or infinite numbers.
     pub fn memory(&self) -> Result<MemoryView> {
+        self.asked.store(true, Ordering::Relaxed);
         self.memory.front().host()
     }
 
@@ -183,7 +188,7 @@ impl Session {
     /// # Errors
     /// [`EngineError::Device`] when a state that came from the host cannot be put on the device.
     pub fn state(&mut self) -> Result<State> {
-        self.memory.settled().cloned()
+        self.memory.settled()
     }
 
     /// Tokens read since the memory was empty, over all turns and restarts.
@@ -487,7 +492,7 @@ impl Session {
         self.logits = Logits::default();
         self.spare_logits = Logits::default();
         self.turn = Vec::new();
-        self.memory.free_spares();
+        self.memory.leave_turn(std::mem::take(self.asked.get_mut()));
         self.pending = None;
         self.ends_turn = false;
     }
@@ -521,7 +526,7 @@ impl Session {
         self.model.check_tokens(tokens)?;
         let mut aside = Self::new(Arc::clone(&self.model));
         aside.check_room(tokens.len())?;
-        aside.memory.set_front(self.memory.front().clone());
+        aside.memory.set_front(self.memory.front());
         aside.strength = self.strength;
         let mut cache = self.model.lend_own_cache()?;
         let mut outcome = Ok(());
@@ -583,7 +588,7 @@ impl Session {
             return Ok(());
         }
         let before = Before {
-            memory: self.memory.front().clone(),
+            memory: self.memory.front(),
             cached: self.cache.as_ref().map(TurnCache::len),
             turn: self.turn.len(),
             tokens_seen: self.tokens_seen,
@@ -692,7 +697,7 @@ impl Session {
         measures: Measures<'_>,
     ) -> Result<()> {
         let vocab = self.model.vocab();
-        let past_memory = self.memory.front().clone();
+        let past_memory = self.memory.front();
         let mut back = self.memory.take_back();
         let enough = self.enough.filter(|_| wanted.is_none());
         let steps = tokens.len() == 1 && spans.is_none() && !measures.any() && as_trained(self.strength);

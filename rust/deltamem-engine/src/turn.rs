@@ -1,11 +1,14 @@
 //! What one turn carries from run to run and drops at its end: the KV cache, in buffers of its own or in a slot among those of others, and the
 //! states of layers that are not attention.
 
+use std::sync::Arc;
+
 use crate::buffer::Home;
 use crate::bundle::TurnState;
-use crate::error::{EngineError, Result};
+use crate::error::Result;
 use crate::kv::{KvCache, KvLayout, KvTensor};
-use crate::pool::{Key, KvPool};
+use crate::pool::Key;
+use crate::slots::Bound;
 use crate::states::TurnStates;
 
 /// The buffers of one turn.
@@ -35,6 +38,10 @@ pub(crate) struct Pooled {
     pub(crate) len: usize,
     /// Bytes that a cache of its own would hold.
     pub(crate) bytes: usize,
+    /// What its rows begin with, where it has no slot to put it yet.
+    pub(crate) prefix: Option<Arc<KvCache>>,
+    /// Whether nothing is left to do to the slot.
+    pub(crate) ready: bool,
 }
 
 /// The tensors of a run that the turn brings: the caches in the order key, value of each layer, the shapes of past and of present, and what
@@ -44,23 +51,6 @@ pub(crate) struct TurnTensors<'a> {
     pub(crate) kv: Vec<KvTensor<'a>>,
     pub(crate) shapes: [[usize; 4]; 2],
     pub(crate) states: Vec<(&'a mut [u8], &'a mut [u8])>,
-}
-
-impl Pooled {
-    /// What a run of `tokens` tokens binds, with room for them.
-    pub(crate) fn tensors<'a>(&mut self, pool: &'a mut KvPool, tokens: usize) -> Result<TurnTensors<'a>> {
-        let rows = self.len + tokens;
-        self.bytes = pool.reserve(&mut self.key, rows)?;
-        let key = self.key.ok_or_else(|| {
-            EngineError::Session("a turn has no place among the KV caches; please report this".into())
-        })?;
-        let (kv, shape) = pool.one(key, rows)?;
-        Ok(TurnTensors {
-            kv,
-            shapes: [shape, shape],
-            states: Vec::new(),
-        })
-    }
 }
 
 impl TurnCache {
@@ -97,7 +87,11 @@ impl TurnCache {
     }
 
     /// What a run of `tokens` tokens binds, with room for them.
-    pub(crate) fn tensors<'a>(&'a mut self, pool: &'a mut KvPool, tokens: usize) -> Result<TurnTensors<'a>> {
+    pub(crate) fn tensors<'a>(
+        &'a mut self,
+        slots: &'a mut Bound<'_>,
+        tokens: usize,
+    ) -> Result<TurnTensors<'a>> {
         let (kv, shapes) = match &mut self.kv {
             TurnKv::Own(kv) => {
                 kv.reserve(tokens)?;
@@ -105,7 +99,7 @@ impl TurnCache {
                 (kv.tensors_mut(tokens), shapes)
             }
             TurnKv::Pooled(place) => {
-                let found = place.tensors(pool, tokens)?;
+                let found = slots.one(place, tokens)?;
                 (found.kv, found.shapes)
             }
         };

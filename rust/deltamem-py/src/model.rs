@@ -329,6 +329,18 @@ impl Model {
         ModelStats(self.inner.run_stats())
     }
 
+    // For tests of what happens beside the runs where the processor plays the device; elsewhere it does nothing.
+    #[pyo3(signature = (*, hold=false, delay=0.0, fail_beside=0, fail_moves=0, poison=false))]
+    fn _disturb(&self, hold: bool, delay: f64, fail_beside: u32, fail_moves: u32, poison: bool) {
+        self.inner.disturb(deltamem_engine::Disturbance {
+            hold,
+            delay: std::time::Duration::try_from_secs_f64(delay).unwrap_or_default(),
+            fail_beside,
+            fail_moves,
+            poison,
+        });
+    }
+
     /// Read once what many turns begin with, such as a system prompt.
     ///
     /// It is read with an empty memory and writes nothing, so it is the same for every session, and a turn that begins with it

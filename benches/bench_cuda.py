@@ -186,22 +186,64 @@ def bench_swaps(made: models.Made, plan: Plan, device: str, table: Table) -> Non
     table.row(made.name, made.precision, count, quantity(plain), quantity(swapped), ratio, judged)
 
 
+class Guests:
+    """Users who come and go: each has a prompt read and a reply made, both of some length, and leaves; then another comes in that
+    thread.
+    """
+
+    def __init__(self, model: dm.Model, count: int) -> None:
+        self._model, self._count = model, count
+
+    def in_threads(self, tokens: int) -> Figures:
+        """Tokens of replies a second over all of them, `tokens` in each thread; prompts take their part of the time."""
+        ready = threading.Barrier(self._count + 1)
+
+        def one(number: int) -> None:
+            random = np.random.default_rng(number)
+            left = tokens
+            ready.wait()
+            while left > 0:
+                count = min(left, int(random.integers(1, max(2, tokens // 2))))
+                with self._model.session() as session:
+                    session.feed(prompts(int(random.integers(4, 32)), left))
+                    for _ in range(count):
+                        session.feed([5])
+                left -= count
+
+        with ThreadPoolExecutor(self._count) as pool:
+            parts = [pool.submit(one, number) for number in range(self._count)]
+            ready.wait()
+            began = time.perf_counter()
+            for part in parts:
+                part.result()
+            return {"rate": tokens * self._count / (time.perf_counter() - began)}
+
+    def close(self) -> None:
+        """Nobody is left."""
+
+
 def bench_graphs(made: models.Made, plan: Plan, device: str, table: Table) -> None:
-    """Single tokens of one session and of all slots, with their steps captured as CUDA graphs and without."""
-    for count in (1, max(plan.counts)):
+    """Single tokens of one session, of all slots, and of users that come and go, with their steps captured as CUDA graphs and without."""
+    most = max(plan.counts)
+    for count, come_and_go in ((1, False), (most, False), (most, True)):
         engines = {
-            name: load(made.bundle, device, max_batch=max(plan.counts), cuda_graphs=captured)
+            name: load(made.bundle, device, max_batch=most, cuda_graphs=captured)
             for name, captured in (("captured", True), ("not", False))
         }
-        users = {name: Users(model, count, (plan.rounds + 2) * plan.tokens + 2) for name, model in engines.items()}
+        room = (plan.rounds + 2) * plan.tokens + 2
+        users: dict[str, Users | Guests] = {
+            name: Guests(model, count) if come_and_go else Users(model, count, room) for name, model in engines.items()
+        }
         found = interleaved({name: lambda u=u: u.in_threads(plan.tokens) for name, u in users.items()}, plan.rounds)
         for each in users.values():
             each.close()
         model = engines["captured"]
         ratio = Ratio.of(found["captured"]["rate"], found["not"]["rate"])
         rates = [quantity(found[name]["rate"], "/s") for name in ("captured", "not")]
-        captures = str(model.uncaptured or f"{model.stats.cuda_graphs} for {model.stats.captured_steps} steps")
-        table.row(made.name, made.precision, count, *rates, ratio, captures)
+        stats = model.stats
+        share = f"{stats.cuda_graphs} for {stats.captured_steps / stats.steps:.0%} of {stats.steps} steps"
+        who = f"{count}, coming and going" if come_and_go else str(count)
+        table.row(made.name, made.precision, who, *rates, ratio, str(model.uncaptured or share))
 
 
 def card_bytes() -> int:
@@ -321,7 +363,10 @@ def main() -> None:
     for made in all_made:
         bench_swaps(made, plan, options.device, table)
         gc.collect()
-    print("\n### Steps as CUDA graphs\n\nTokens a second with `cuda_graphs=True` against without.")
+    print(
+        "\n### Steps as CUDA graphs\n\nTokens a second with `cuda_graphs=True` against without; users that come and go have "
+        "prompts read in between."
+    )
     table = Table("model", "precision", "sessions", "captured", "not captured", "ratio", "captures")
     for made in all_made:
         bench_graphs(made, plan, options.device, table)

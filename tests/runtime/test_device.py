@@ -507,7 +507,8 @@ def test_users_that_come_and_go_in_captured_steps(users: int, max_batch: int, lo
         load(bundle, device="cpu", max_batch=1),
     )
     everybody = [User(seed, long=long) for seed in range(users)]
-    found = together([lambda u=user: u.play(captures, 0.02) for user in everybody])
+    jobs = [lambda u=user: u.play(captures, 0.02) for user in everybody]
+    found = beside_prompts(captures, ids(200), jobs)
     for user, parts in zip(everybody, found, strict=True):
         agree(parts, user.play(cpu), alike)
     stats = captures.stats
@@ -531,7 +532,8 @@ def test_most_steps_are_captured_as_users_come_and_go(parity_bundle) -> None:
                     pass
                 time.sleep(0.02 * random.random())
 
-    assert together([lambda s=seed: user(s) for seed in range(20)]) == [None] * 20
+    jobs = [lambda s=seed: user(s) for seed in range(20)]
+    assert beside_prompts(model, ids(200), jobs) == [None] * 20
     stats = model.stats
     assert stats.steps > 300
     assert stats.largest_step > 8
@@ -607,6 +609,38 @@ def test_a_call_that_is_broken_off_gives_back_a_state_that_others_stepped_over(m
             one.result(60)
     assert broken > 0
     assert model.stats.captured_steps > 0
+
+
+def test_logits_that_wait_are_not_written_over(changed) -> None:
+    """Thirty-two of each logit: the best are never enough, and each session fetches its whole row while the others go on."""
+    bundle = changed(period=8)
+    captures, cpu = load(bundle, device=ON_DEVICE, cuda_graphs=True), load(bundle, device="cpu", max_batch=1)
+
+    def replies(model: dm.Model, seed: int) -> list[list[int]]:
+        chosen = {"temperature": 1.5, "top_k": 40, "seed": seed}
+        return [reply(model, ids(6, seed + n), 40, **chosen) for n in range(8)]
+
+    found = together([lambda s=seed: replies(captures, s) for seed in range(8)])
+    assert found == [replies(cpu, seed) for seed in range(8)]
+    assert captures.stats.best_rows > 1000
+    assert captures.stats.captured_steps > captures.stats.steps / 2
+
+
+def test_a_turn_that_fills_its_cache_is_not_padded_with(models, alike) -> None:
+    """256 tokens, which is the cache's first capacity: there is no row behind them."""
+    model = load(models[0].path, device=ON_DEVICE, cuda_graphs=True, max_batch=4)
+    users = [User(seed, turns=3, long=20) for seed in range(3)]
+    with model.session() as full, models[0].session() as reference:
+        for session in (full, reference):
+            session.feed(ids(255))
+            session.feed([9])
+        for _ in range(3):
+            found = together([lambda u=user: u.play(model) for user in users])
+            for user, parts in zip(users, found, strict=True):
+                agree(parts, user.play(models[0]), alike)
+        agree(*([session.feed(ids(5, 1), logits=True), session.memory] for session in (full, reference)), alike)
+    assert model.stats.captured_steps > model.stats.steps / 2
+    assert model.unbatched is None
 
 
 def test_two_models_that_capture(models, alike) -> None:

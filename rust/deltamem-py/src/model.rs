@@ -59,7 +59,9 @@ impl Model {
     ///     by about 1e-3. Of no effect on the CPU.
     /// cuda_graphs : bool
     ///     Whether a card captures steps of one token as CUDA graphs and replays them, which saves launching their kernels one by one. A step is
-    ///     padded to its KV cache's capacity for it. Of no effect where "auto" takes the CPU; ``model.uncaptured`` says why steps are not captured.
+    ///     padded to its KV cache's capacity for it, and one of several sessions to a power of two of them, at most twice as many; keys and
+    ///     values of ``max_batch`` sessions have room from the start. Of no effect where "auto" takes the CPU; ``model.uncaptured`` says why
+    ///     steps are not captured.
     ///
     /// Raises
     /// ------

@@ -361,6 +361,7 @@ impl<'a> Gathered<'a> {
             return Ok(lying);
         }
         let brought = memory.allocate(rows.len() * bytes)?;
+        let mut parts = Vec::new();
         let mut row = 0;
         while row < rows.len() {
             let start = row * bytes;
@@ -368,24 +369,25 @@ impl<'a> Gathered<'a> {
                 None => brought.zero(start, bytes)?,
                 Some(State::Host(view)) => brought.upload(start, bytemuck::cast_slice(view))?,
                 Some(State::Device(state)) => {
-                    // Those that lie one behind the other are copied at once.
+                    // Those that lie one behind the other are copied at once, with what is between them.
                     let (buffer, first) = state.place();
                     let follows = |behind: usize| match rows.get(row + behind) {
                         Some(Some(State::Device(next))) => {
                             Arc::ptr_eq(next.place().0, buffer) && next.place().1 == first + behind * bytes
                         }
+                        Some(None) => first + (behind + 1) * bytes <= buffer.len(),
                         _ => false,
                     };
                     let behind = (1..rows.len() - row)
                         .take_while(|&behind| follows(behind))
                         .count();
-                    let count = 1 + behind;
-                    brought.copy(start, buffer, first, count * bytes)?;
-                    row += count - 1;
+                    parts.push((start, &**buffer, first, (1 + behind) * bytes));
+                    row += behind;
                 }
             }
             row += 1;
         }
+        brought.gather(&parts)?;
         Ok(Self::Brought(brought))
     }
 

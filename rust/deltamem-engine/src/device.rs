@@ -30,6 +30,9 @@ pub(crate) const WORD: usize = size_of::<i32>();
 /// streams, of its own.
 const LANES: usize = 3;
 
+/// Parts that are brought together in one run: a step that one user has joined has three, those in front of him, his own and those behind.
+const TOGETHER: usize = 4;
+
 /// What room on the host is a multiple of, so that what grows a little at a time seldom moves.
 const PAGE: usize = 4096;
 
@@ -432,7 +435,31 @@ impl DeviceBuffer {
         Self::copy_all(&[self], start, &[other], other_start, bytes)
     }
 
-    /// The same between many, in the same place of each.
+    /// Brings parts of other buffers together here: where each goes, whose it is, where it begins there and its bytes. A few of them in one run.
+    pub(crate) fn gather(&self, parts: &[(usize, &Self, usize, usize)]) -> Result<()> {
+        for parts in parts.chunks(TOGETHER) {
+            if let [(start, other, other_start, bytes)] = *parts {
+                self.copy(start, other, other_start, bytes)?;
+                continue;
+            }
+            // The graph has so many parts: what is left of them copies a word to where nobody looks.
+            let nowhere = self.memory.allocate(TOGETHER * WORD)?;
+            let (mut from, mut to) = (Vec::new(), Vec::new());
+            for &(start, other, other_start, bytes) in parts {
+                let shape = [in_whole_words(bytes)?];
+                from.push(Tensor::words(other, other_start, &shape)?);
+                to.push(Tensor::words(self, start, &shape)?);
+            }
+            for spare in parts.len()..TOGETHER {
+                from.push(Tensor::words(parts[0].1, parts[0].2, &[1])?);
+                to.push(Tensor::words(&nowhere, spare * WORD, &[1])?);
+            }
+            self.memory.work(Move::Copy, &from, &[], &mut to)?;
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` bytes between many, in the same place of each.
     pub(crate) fn copy_all(
         buffers: &[&Self],
         start: usize,

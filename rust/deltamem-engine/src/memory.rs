@@ -384,6 +384,7 @@ impl Gathered {
             return Ok(lying);
         }
         let brought = memory.allocate(rows.len() * bytes)?;
+        let mut parts = Vec::new();
         let mut row = 0;
         while row < rows.len() {
             let start = row * bytes;
@@ -391,22 +392,27 @@ impl Gathered {
                 None => brought.zero(start, bytes)?,
                 Some(State::Host(view)) => brought.upload(start, bytemuck::cast_slice(view))?,
                 Some(State::Device(state)) => {
-                    // Those that lie one behind the other are copied at once.
+                    // Those that lie one behind the other are copied at once, with what is between them.
                     let (buffer, first) = state.spot.place();
                     let follows = |behind: usize| match rows.get(row + behind) {
                         Some(Some(State::Device(next))) => next.spot.lies(&buffer, first + behind * bytes),
+                        Some(None) => first + (behind + 1) * bytes <= buffer.len(),
                         _ => false,
                     };
                     let behind = (1..rows.len() - row)
                         .take_while(|&behind| follows(behind))
                         .count();
-                    let count = 1 + behind;
-                    brought.copy(start, &buffer, first, count * bytes)?;
-                    row += count - 1;
+                    parts.push((start, buffer, first, (1 + behind) * bytes));
+                    row += behind;
                 }
             }
             row += 1;
         }
+        let parts: Vec<_> = parts
+            .iter()
+            .map(|(start, buffer, first, bytes)| (*start, &**buffer, *first, *bytes))
+            .collect();
+        brought.gather(&parts)?;
         Ok(Self::Brought(brought))
     }
 

@@ -495,18 +495,26 @@ impl KvPool {
         if let Some(error) = slot.error.take() {
             return Err(error);
         }
-        if !matches!(slot.todo, Todo::Nothing) {
-            let done = self.job(place).does();
-            let slot = &mut self.blocks[place.block].slots[place.slot];
-            slot.settle();
-            slot.error = None;
-            done?;
-        }
+        self.clean(place)?;
         let slot = &mut self.blocks[place.block].slots[place.slot];
         if std::mem::take(&mut slot.fresh) && slot.len == 0 {
             self.examine(place)?;
         }
         Ok(())
+    }
+
+    /// Does what is left for a slot, here and now.
+    fn clean(&mut self, place: Place) -> Result<()> {
+        let slot = &mut self.blocks[place.block].slots[place.slot];
+        if slot.settle() {
+            return Ok(());
+        }
+        let done = self.job(place).does();
+        let slot = &mut self.blocks[place.block].slots[place.slot];
+        slot.settle();
+        // It is told here.
+        slot.error = None;
+        done
     }
 
     /// Where a test has slots wiped with what nobody must see: whether this one was, but for the row that what rides along writes, which its turn
@@ -651,18 +659,11 @@ impl KvPool {
         let found = &mut self.blocks[block];
         for slot in &mut found.slots {
             slot.settle();
-            if slot.key.is_none() && self.home.is_some() {
-                // Nobody's rows stay behind.
-                *slot = Slot::default();
-            }
         }
         let mut grown = Buffer::many_zeroed(self.layout.buffers, bytes, &self.home)?;
-        for (slot, held) in found
-            .slots
-            .iter()
-            .enumerate()
-            .filter(|(slot, held)| *slot < slots && held.written > 0)
-        {
+        for (slot, held) in found.slots.iter().enumerate().filter(|(slot, held)| {
+            *slot < slots && held.written > 0 && (held.key.is_some() || self.home.is_none())
+        }) {
             let of = |rows: usize| Groups {
                 start: slot * heads * rows * row,
                 rows,
@@ -672,25 +673,28 @@ impl KvPool {
         }
         found.buffers = grown;
         found.capacity = capacity;
+        if self.home.is_some() {
+            // Nobody's rows have stayed behind.
+            for slot in found.slots.iter_mut().filter(|slot| slot.key.is_none()) {
+                *slot = Slot::default();
+            }
+        }
         found.slots.resize_with(slots, Slot::default);
         Ok(())
     }
 
-    /// Wipes what was written in a slot; on a device, notes that it is to be done.
+    /// Wipes what was written in a slot. On a device that is done when its turn has left it ([`Slot::leave`]); what rides along later writes the first
+    /// row only, which the next turn writes before it reads it.
     fn wipe(&mut self, place: Place) -> Result<()> {
         let (row, heads, start) = (
             self.row(),
             self.layout.heads,
             place.slot * self.slot_bytes(place.block),
         );
-        let block = &mut self.blocks[place.block];
         if self.home.is_some() {
-            let slot = &mut block.slots[place.slot];
-            if slot.key.is_none() && slot.written > 0 {
-                slot.todo = Todo::Wipe;
-            }
             return Ok(());
         }
+        let block = &mut self.blocks[place.block];
         let (rows, used) = (block.capacity, block.slots[place.slot].written);
         Buffer::wipe(&mut block.buffers, Groups { start, rows }, heads, used, row)?;
         block.slots[place.slot].written = 0;
@@ -733,7 +737,12 @@ impl KvPool {
             self.grow_capacity(block, (rows + 1).max(len))?;
             let to = Place { block, slot };
             self.wipe(to)?;
-            self.blocks[block].slots[slot].settle();
+            if len == 0 {
+                self.clean(to)?;
+            } else {
+                // All of it is written over; what breaks off is nobody's.
+                self.blocks[block].slots[slot].foul();
+            }
             let (row, heads) = (self.row(), self.layout.heads);
             let (low, high) = self.blocks.split_at_mut(from.block);
             let (target, source) = (&mut low[block], &high[0]);
@@ -742,18 +751,14 @@ impl KvPool {
                 rows,
             };
             let (new_rows, old_rows) = (of(slot, target.capacity), of(from.slot, source.capacity));
-            let todo = if len > 0 {
+            if len > 0 {
                 let (new, old) = (&mut target.buffers, &source.buffers);
                 Buffer::copy_rows(new, new_rows, old, old_rows, heads, len, row)?;
-                Todo::Nothing
-            } else {
-                std::mem::take(&mut target.slots[slot].todo)
-            };
+            }
             target.slots[slot] = Slot {
                 key: Some(key),
                 len,
                 written: len,
-                todo,
                 ..Slot::default()
             };
             self.places[key] = Some(to);
@@ -961,13 +966,9 @@ impl KvPool {
         };
         if self.home.is_some() && block.slots[a].key.is_none() {
             // Nobody's rows need not come back.
+            block.slots[a].foul();
             let buffers = devices(&block.buffers);
             DeviceBuffer::copy_all(&buffers, of(a).start, &buffers, of(b).start, slot_bytes)?;
-            block.slots[a] = Slot {
-                written: 1,
-                todo: Todo::Wipe,
-                ..Slot::default()
-            };
         } else {
             Buffer::swap_rows(&mut block.buffers, of(a), of(b), heads, used, row)?;
         }
@@ -998,12 +999,18 @@ impl Slot {
         true
     }
 
-    /// Waits for who works on it.
-    fn settle(&mut self) {
+    /// Waits for who works on it. Whether nothing is to be done then.
+    fn settle(&mut self) -> bool {
         if let Some(work) = &self.work {
             work.fence.wait();
-            self.is_still();
         }
+        self.is_clean()
+    }
+
+    /// What nobody needs is written over from here on.
+    fn foul(&mut self) {
+        self.settle();
+        (self.todo, self.written) = (Todo::Wipe, 1);
     }
 
     /// Whether nothing is done to it and nothing is to be done.

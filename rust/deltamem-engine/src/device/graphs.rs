@@ -43,14 +43,14 @@ pub(crate) fn to(number: usize) -> String {
     format!("to{number}")
 }
 
-/// Each `to` = its `from`, int32 [n].
+/// Each `to` = its `from`, int32 [n], with an n of its own.
 pub(crate) fn copy(parts: usize) -> Vec<u8> {
-    let value = |name: String| value(&name, INT32, &["n"]);
+    let value = |name: String, part: usize| value(&name, INT32, &[&format!("n{part}")]);
     model(
         &each(parts, |part| node("Identity", &[&from(part)], &to(part), &[])),
         &[],
-        &each(parts, |part| value(from(part))),
-        &each(parts, |part| value(to(part))),
+        &each(parts, |part| value(from(part), part)),
+        &each(parts, |part| value(to(part), part)),
     )
 }
 

@@ -2,9 +2,11 @@
 //! which others see that a job is over. Nobody has to wait for a job that is not begun: whoever needs what it does does it himself. It knows
 //! jobs; it knows nothing of what they move.
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -17,45 +19,68 @@ type Job = Box<dyn FnOnce() + Send>;
 /// The thread, once somebody has asked for something.
 #[derive(Debug, Default)]
 pub(crate) struct Mover {
-    thread: OnceLock<Option<Running>>,
+    thread: OnceLock<Option<JoinHandle<()>>>,
+    queue: Arc<Queue>,
 }
 
-#[derive(Debug)]
-struct Running {
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
+/// What it is to do.
+#[derive(Default)]
+struct Queue {
+    /// None once there will be no more.
+    jobs: Mutex<Option<VecDeque<Job>>>,
+    comes: Condvar,
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Queue")
+    }
+}
+
+impl Queue {
+    /// The next job; none once there will be no more.
+    fn next(&self) -> Option<Job> {
+        let mut jobs = self.jobs.lock();
+        loop {
+            match jobs.as_mut()?.pop_front() {
+                Some(job) => return Some(job),
+                None => self.comes.wait(&mut jobs),
+            }
+        }
+    }
 }
 
 impl Mover {
     /// Has the thread do `job` when those before it are done. Where no thread can be had nothing is done, which costs time and no result.
     pub(crate) fn ask(&self, job: Job) {
         let running = self.thread.get_or_init(|| {
-            let (jobs, inbox) = mpsc::channel::<Job>();
+            *self.queue.jobs.lock() = Some(VecDeque::new());
+            let queue = Arc::clone(&self.queue);
             let thread = thread::Builder::new()
                 .name("deltamem-moves".into())
                 .spawn(move || {
-                    for job in inbox {
+                    while let Some(job) = queue.next() {
                         // A panic is a bug of that job; its fence tells of it, and the others are done.
                         let _ = catch_unwind(AssertUnwindSafe(job));
                     }
-                })
-                .ok()?;
-            Some(Running {
-                jobs: Some(jobs),
-                thread: Some(thread),
-            })
+                });
+            thread.ok()
         });
-        if let Some(jobs) = running.as_ref().and_then(|running| running.jobs.as_ref()) {
-            // An error means that the thread is gone.
-            let _ = jobs.send(job);
+        if running.is_some()
+            && let Some(jobs) = &mut *self.queue.jobs.lock()
+        {
+            jobs.push_back(job);
         }
+        self.queue.comes.notify_one();
     }
 }
 
-impl Drop for Running {
+impl Drop for Mover {
     fn drop(&mut self) {
-        drop(self.jobs.take());
-        if let Some(thread) = self.thread.take()
+        // What nobody has begun is nobody's any more: whoever needed it would hold what this is a part of.
+        drop(self.queue.jobs.lock().take());
+        self.queue.comes.notify_one();
+        if let Some(Some(thread)) = self.thread.take()
             // The last holder of the memory may be a job: its thread ends by itself then.
             && thread.thread().id() != thread::current().id()
         {
@@ -211,13 +236,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn jobs_are_done_in_order_and_before_the_mover_is_gone() {
+    fn jobs_are_done_in_order() {
         let done = Arc::new(Mutex::new(Vec::new()));
         let mover = Mover::default();
         for number in 0..100 {
             let done = Arc::clone(&done);
             mover.ask(Box::new(move || done.lock().push(number)));
         }
+        let all = Arc::new(Fence::default());
+        let last = Doing(Arc::clone(&all));
+        mover.ask(Box::new(move || last.ends(Ok(()))));
+        all.wait();
         drop(mover);
         assert_eq!(*done.lock(), (0..100).collect::<Vec<_>>());
     }

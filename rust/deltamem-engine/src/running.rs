@@ -208,10 +208,12 @@ impl Model {
         if let TurnKv::Pooled(place) = &mut chunk.turn.kv {
             self.slots.ready(place, chunk.tokens.len())?;
         }
-        let state = chunk.past_memory.settled(self.home())?.aligned()?;
+        let settled = chunk.past_memory.settled(self.home())?;
         self.schedule.alone(seat, || {
             self.counters.chunks.fetch_add(1, Ordering::Relaxed);
             let mut works = self.works.lock();
+            // Where it lies is known from here on: whoever runs may move it and write over its row.
+            let state = settled.aligned()?;
             let mut slots = self.slots.bind();
             let Works { graph, comings, .. } = &mut *works;
             let past = chunk.turn.len();

@@ -16,7 +16,7 @@ use crate::device::DeviceBuffer;
 use crate::error::{EngineError, Result};
 use crate::kv::KvTensor;
 use crate::memory::{Numbers, NumbersMut};
-use crate::model::{LoadOptions, Model};
+use crate::model::{LoadOptions, Model, runs_on};
 use crate::operator;
 use crate::runtime::Runtime;
 use crate::turn::TurnTensors;
@@ -209,7 +209,10 @@ impl Graph {
                 )
             })?
         } else {
-            options.graph.of(bundle.manifest())?.file()
+            options
+                .graph
+                .of(bundle.manifest(), runs_on(home, bundle.manifest()))?
+                .file()
         };
         let mut builder = OnnxSession::builder(runtime.environment())
             .map_err(EngineError::onnx("preparing a session"))?

@@ -309,6 +309,10 @@ def test_spans_and_large_ranks_are_not_fused_and_the_manifest_says_why(case: Pat
     for options, words in (
         ({"memory_write_granularity": "sentence_mean"}, "writes by spans"),
         ({"rank": 72}, "its rank is 72, and the fused operator for CUDA has up to 64"),
+        (
+            {"rank": 32, "num_state_heads": 33},
+            "its heads times rank are 1056, and the fused operator for CUDA has up to 1024",
+        ),
     ):
         out = tmp_path / str(len(words))
         adapter = make_adapter(case / "backbone", **options)

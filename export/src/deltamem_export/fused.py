@@ -22,7 +22,8 @@ output 4 is one; `splits`, the widths of the three parts of a packed projection 
 
 On CUDA the node takes the decoder's tensors (0, 6 to 9, outputs 1 to 4) in their own type, float32, float16 or bfloat16, so that no cast
 stands around it; the memory, the masks and all of its own weights stay float32. It has no `storage`, no norms of q and k (the decoder's own
-stay, 11 and 12 are not there), no spans (nor 13 to 15), ranks up to 64, and as output 5 room for its kernels to work in, [n] float32, whose
+stay, 11 and 12 are not there), no spans (nor 13 to 15), ranks up to
+64 and heads times rank up to 1,024, and as output 5 room for its kernels to work in, [n] float32, whose
 size it knows from the call's: a value of the graph, so that ONNX Runtime plans it and no step allocates.
 
 A bundle in int4 or int8 has a third graph, with `deltamem:MatMulNBits` in the place of `com.microsoft:MatMulNBits` besides: the same inputs
@@ -48,8 +49,8 @@ from deltamem_export.nodes import Nodes, name_of
 
 DOMAIN, VERSION = "deltamem", 1
 OPERATORS = {"cpu": "MemoryLayer", "cuda": "DeviceMemoryLayer"}
-# A row of the state lies in the registers of one of the card's threads.
-MOST_RANK_ON_CUDA = 64
+# What the kernels have (rust/deltamem-cuda): a row of the state in the registers of one thread, what one token reads in a block's own memory.
+MOST_RANK_ON_CUDA, MOST_READS_ON_CUDA = 64, 1024
 
 _FLOAT = ir.DataType.FLOAT
 _ON_CUDA = frozenset({_FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -471,10 +472,13 @@ class _DeviceLayer(_Layer):
     def _set_up(self, memory: Mapping[str, Any], precision: str, ends: Mapping[str, ir.Value]) -> None:
         if "span_weights" in ends:
             raise _Unfused("it writes by spans, which the fused operator for CUDA does not")
-        if memory["rank"] > MOST_RANK_ON_CUDA:
-            raise _Unfused(
-                f"its rank is {memory['rank']}, and the fused operator for CUDA has up to {MOST_RANK_ON_CUDA}"
-            )
+        reads = memory["heads"] * memory["rank"]
+        for what, found, most in (
+            ("rank is", memory["rank"], MOST_RANK_ON_CUDA),
+            ("heads times rank are", reads, MOST_READS_ON_CUDA),
+        ):
+            if found > most:
+                raise _Unfused(f"its {what} {found}, and the fused operator for CUDA has up to {most}")
         self.outputs[_WORK].shape = ir.Shape([f"{self.prefix}/work"])
 
     def _norm(self, value: ir.Value, width: int) -> tuple[ir.Value, ir.Value, float] | None:

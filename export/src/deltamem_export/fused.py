@@ -49,7 +49,7 @@ from deltamem_export.nodes import Nodes, name_of
 
 DOMAIN, VERSION = "deltamem", 1
 OPERATORS = {"cpu": "MemoryLayer", "cuda": "DeviceMemoryLayer"}
-# What the kernels have (rust/deltamem-cuda): a row of the state in the registers of one thread, what one token reads in a block's own memory.
+# What the kernels have (rust/deltamem-cuda): a row of the state in one thread's registers, what a token reads in a block's own memory.
 MOST_RANK_ON_CUDA, MOST_READS_ON_CUDA = 64, 1024
 
 _FLOAT = ir.DataType.FLOAT

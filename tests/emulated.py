@@ -42,8 +42,8 @@ def launches() -> int:
 
 
 def for_a_card(bundle: Path, target: Path) -> Path:
-    """A bundle for the CPU, its files shared, said to be for CUDA and given the fused graph for it. In float32 the CPU has every kernel that
-    its graphs need, so that all else of a card's way is held against goldens as closely as on the CPU."""
+    """A bundle for the CPU, its files shared, said to be for CUDA and given the fused graph for it. In float32 the CPU has every kernel
+    that its graphs need, so that all else of a card's way is held against goldens as closely as on the CPU."""
     found = manifest.read(bundle)
     target.mkdir()
     share_files(bundle, target, found)

@@ -11,7 +11,7 @@ use crate::error::{EngineError, Result};
 use crate::runtime::Runtime;
 
 /// ONNX Runtime's name of the provider.
-const CUDA: &str = "CUDAExecutionProvider";
+pub(crate) const CUDA: &str = "CUDAExecutionProvider";
 
 /// The variable by which CUDA hides cards.
 const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";

@@ -15,7 +15,7 @@ from deltamem_export.fused import add_fused
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "rust" / "deltamem-cuda" / "tests" / "emulator.c"
-VARIABLE = "DELTAMEM_CUDA_LIBRARY"
+VARIABLE = "DELTAMEM_EMULATED_CARD"
 """Names the library that plays the driver and the compiler, where the processor plays the card; of no effect elsewhere."""
 
 ON_DEVICE = "_device_on_cpu"

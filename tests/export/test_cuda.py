@@ -276,6 +276,7 @@ def test_the_fused_node_takes_the_decoders_tensors_in_their_own_type(two_graphs,
         assert not {"storage", "spans", "q_epsilon", "k_epsilon"} & set(node.attributes)
         assert not node.outputs[5].uses(), "room to work in, which ONNX Runtime plans"
     assert check_island(bundle / "model.cuda.fused.onnx").nodes["DeviceMemoryLayer"] == 3
+    assert not {node.op_type for node in graph} & {"If", "Loop", "Scan"}, "no step could be captured"
     casts = [node for node in graph if node.op_type == "Cast" and node.name.startswith("/deltamem/layers")]
     assert not casts, "no cast stands around it"
     data = {v.const_value.path for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)}

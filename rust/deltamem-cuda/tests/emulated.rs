@@ -10,6 +10,14 @@ use crate::emulator::machine;
 
 #[test]
 fn first() {
-    let sizes = Sizes { heads: 1, rank: 8, mode: UpdateMode::Standard, gates: Gates::Row, own_lambda: false, normalize_qk: true, element: Element::Single };
+    let sizes = Sizes {
+        heads: 1,
+        rank: 8,
+        mode: UpdateMode::Standard,
+        gates: Gates::Row,
+        own_lambda: false,
+        normalize_qk: true,
+        element: Element::Single,
+    };
     machine().kernels(sizes).unwrap();
 }

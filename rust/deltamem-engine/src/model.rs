@@ -13,7 +13,7 @@ use crate::device::{DeviceMemory, WORD};
 use crate::error::{EngineError, Result};
 use crate::graph::{Graph, Names};
 use crate::kv::KvLayout;
-use crate::operator::product_instructions;
+use crate::operator::{prepare, product_instructions};
 use crate::pool::{Key, KvPool};
 use crate::running::{Counters, Row, Works};
 use crate::runtime::Runtime;
@@ -690,7 +690,16 @@ fn open_graph(
     let unfused = options.graph.unfused(manifest, on);
     let may_fall_back = options.graph == GraphChoice::Auto && on == GraphDevice::Cuda && unfused.is_none();
     let unfused = unfused.map(|why| Unfused { why, failed: false });
-    match Graph::open(runtime, bundle, options, names, home, false) {
+    let opened = options.graph.of(manifest, on).and_then(|chosen| {
+        let _kernels = match (chosen, home) {
+            (Chosen::Fused(_), Some(memory)) if on == GraphDevice::Cuda => {
+                Some(prepare(memory.provider(), manifest)?)
+            }
+            _ => None,
+        };
+        Graph::open(runtime, bundle, options, names, home, false)
+    });
+    match opened {
         Ok(graph) => Ok((graph, unfused)),
         Err(error) if may_fall_back => {
             options.graph = GraphChoice::Portable;

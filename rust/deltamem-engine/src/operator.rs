@@ -4,6 +4,7 @@
 //! are placed by `deltamem_export.fused`, where each input and attribute is described; a test runs its graphs against the portable ones.
 
 mod blocks;
+mod card;
 mod device_layer;
 mod pages;
 mod tensors;
@@ -26,6 +27,8 @@ use parking_lot::Mutex;
 use self::tensors::Tensors;
 use crate::device::provider::Provider;
 
+pub use self::card::examine_kernels;
+pub(crate) use self::card::prepare;
 pub use self::device_layer::EMULATED_CARD;
 
 /// The domain that the operator stands in.
@@ -466,20 +469,17 @@ impl Node<'_, '_> {
         let (mut targets, mut places) = (Vec::new(), Vec::new());
         for place in self.places()? {
             let Place { output, width, .. } = place;
-            let own = place
-                .corrections
-                .iter()
-                .map(|&[from, width, start]| Correction {
-                    matrix: &matrix,
-                    stride,
-                    from,
-                    width,
-                    start,
-                    norm: own_norm
-                        .as_ref()
-                        .filter(|_| output == OUTPUT_O)
-                        .map(|(weights, epsilon)| (weights.as_slice(), *epsilon)),
-                });
+            let own = place.corrections.iter().map(|&[from, width, start]| Correction {
+                matrix: &matrix,
+                stride,
+                from,
+                width,
+                start,
+                norm: own_norm
+                    .as_ref()
+                    .filter(|_| output == OUTPUT_O)
+                    .map(|(weights, epsilon)| (weights.as_slice(), *epsilon)),
+            });
             let norm = match ["q_epsilon", "k_epsilon"]
                 .get(output - 1)
                 .and_then(|name| self.0.get::<f32>(name))

@@ -220,6 +220,7 @@ fn meaning(device: &str, doing: &str, message: &str) -> Option<String> {
         "CUBLAS failure",
         "CUDNN failure",
         "cudaError",
+        "the NVIDIA driver failed",
     ]) {
         "the card failed, and what lay on it may be lost; snapshots and commits are not, they are on the host. Restart this process, or load \
          with device='cpu', and take up the last commit"

@@ -3,7 +3,6 @@
 //! and nobody reads; the decoder's tensors are in its own type, the memory and its weights in float32. What it computes is
 //! [`deltamem_cuda`]'s; here are the tensors' addresses and sizes. Nodes are placed by `deltamem_export.fused`.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use deltamem_cuda::{Address, Call, Correction, Element, Layer, Machine, Rows, Sizes, Target, Values};
@@ -14,7 +13,7 @@ use ort::value::TensorElementType;
 use super::tensors::{Placed, Tensors};
 use super::{
     CORRECTIONS, DELTA_O_NORM, GATE_BIAS, HIDDEN, MOST_TARGETS, NETWORKS, Node, OUTPUT_O, PAST_MEMORY,
-    PRESENT_MEMORY, Q, WRITE_MASK, guarded, made, text,
+    PRESENT_MEMORY, Q, WRITE_MASK, card, guarded, made, text,
 };
 use crate::device::provider::{CUDA, Provider};
 
@@ -144,16 +143,7 @@ impl DeviceKernel {
                 epsilon: epsilon.filter(|_| place.output == OUTPUT_O),
             });
         }
-        let machine = match provider {
-            Provider::Cuda { id, .. } => Machine::shared(id, None),
-            Provider::Host => {
-                let library = std::env::var_os(EMULATED_CARD).map(PathBuf::from).ok_or_else(|| {
-                    format!("the processor plays the card, and {EMULATED_CARD} names no library that plays its driver")
-                })?;
-                Machine::shared(0, Some(&library))
-            }
-        }
-        .map_err(text)?;
+        let machine = card::machine(provider)?;
         let kernels = machine.kernels(sizes).map_err(text)?;
         Ok(Self {
             layer: Layer::new(kernels, targets).map_err(text)?,
@@ -198,8 +188,7 @@ impl DeviceKernel {
         let corrections = tensors.placed(CORRECTIONS, "corrections", FLOAT)?;
         let columns = corrections.count() / sizes.reads();
         let corrections = corrections.expect(&[sizes.reads(), columns])?;
-        let present =
-            tensors.placed_output(PRESENT_MEMORY, &[batch, 1, heads, rank, rank], FLOAT)?;
+        let present = tensors.placed_output(PRESENT_MEMORY, &[batch, 1, heads, rank, rank], FLOAT)?;
         let room = self
             .layer
             .work(batch, tokens, width)

@@ -306,6 +306,26 @@ def test_the_fused_graph_has_so_many_nodes_more_than_the_backbone(golden_case, t
     assert portable >= layers * 28
 
 
+@pytest.mark.parametrize(("layers", "joins"), [(32, [32]), (36, [2, 18, 18]), (37, [37])])
+def test_memories_of_many_layers_are_joined_in_groups_that_a_capture_can_have(
+    make_backbone, make_adapter, tmp_path, layers: int, joins: list[int]
+) -> None:
+    backbone = make_backbone("qwen3", num_hidden_layers=layers)
+    precision = Precision("fp16", device="cuda")
+    bundle = export_bundle(
+        backbone, make_adapter(backbone, rank=2), tmp_path / "bundle", precision, check=False, say=lambda _: None
+    )
+    graph, _ = fused_graph(bundle)
+    found = [node for node in graph if node.op_type == "Concat"]
+    assert sorted(len(node.inputs) for node in found) == joins
+    last = next(value for value in graph.outputs if value.name == "present_memory").producer()
+    order: list[str] = []
+    for value in last.inputs:
+        producer = value.producer()
+        order += [v.name for v in (producer.inputs if producer.op_type == "Concat" else [value])]
+    assert order == [f"/deltamem/layers.{i}/DeviceMemoryLayer/0" for i in range(layers)]
+
+
 def test_spans_and_large_ranks_are_not_fused_and_the_manifest_says_why(case: Path, make_adapter, tmp_path) -> None:
     for options, words in (
         ({"memory_write_granularity": "sentence_mean"}, "writes by spans"),

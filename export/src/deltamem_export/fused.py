@@ -58,6 +58,8 @@ _Q, _RESIDUAL, _DELTA_O_NORM, _Q_NORM, _SPAN_WEIGHTS = 6, 9, 10, 11, 13
 _OUTPUT_O, _PRESENT_SPANS, _WORK = 4, 5, 5
 _INPUTS, _OUTPUTS = 16, 6
 _FILES = ("fused_file", "blocks_file")
+# Inputs that CUDA's Concat takes by value (onnxruntime/core/providers/cuda/tensor/concat.cc).
+_MOST_JOINED = 32
 _SUMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "Add"})
 # Weights in blocks are read from memory at 4 or 8 bits a number; those of the memory would be a burden in 32.
 _HALF = frozenset({"int4", "int8"})
@@ -94,7 +96,8 @@ def fuse(bundle: Path, found: Mapping[str, Any], target: Path) -> str | None:
         return str(reason)
     for layer in layers:
         layer.place()
-    _join(model.graph, "present_memory", [layer.outputs[0] for layer in layers], axis=1)
+    states = [layer.outputs[0] for layer in layers]
+    _join(model.graph, "present_memory", _in_groups(model.graph, states) if kind is _DeviceLayer else states, axis=1)
     if files.get("span_width") is not None:
         _join(model.graph, "present_spans", [layer.outputs[_PRESENT_SPANS] for layer in layers], axis=2)
     model.graph.opset_imports[DOMAIN] = VERSION
@@ -540,6 +543,24 @@ def remove_unused(graph: ir.Graph) -> None:
     for name, value in tuple(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def _in_groups(graph: ir.Graph, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    """The layers' memories, [B, 1, H, r, r] each, joined to as few of equal size as CUDA's Concat takes at once. Of more, or unequal ones, it is
+    told by a copy from the host, which a captured step would repeat from where nothing is any more. A count without such groups stays."""
+    count = len(states)
+    groups = next((n for n in range(2, _MOST_JOINED + 1) if count % n == 0 and count // n <= _MOST_JOINED), 0)
+    if count <= _MOST_JOINED or not groups:
+        return states
+    size = count // groups
+    nodes = Nodes(graph, f"/{DOMAIN}")
+    joined = [
+        nodes.concat(states[n : n + size], name=f"present_memory/Concat/{n // size}", axis=1)
+        for n in range(0, count, size)
+    ]
+    for value in joined:
+        value.type = ir.TensorType(_FLOAT)
+    return joined
 
 
 def _join(graph: ir.Graph, name: str, parts: Sequence[ir.Value], axis: int) -> None:

@@ -66,7 +66,7 @@ impl Compiler {
                 let found = unsafe { library.get(name) };
                 *found.map_err(|error| CudaError::Library {
                     library: NAMES[0].into(),
-                    found: error.to_string(),
+                    found: format!("it has no {name} ({error})"),
                     help: HELP,
                 })?
             }};

@@ -61,7 +61,7 @@ pub(crate) fn check(kernels: &Arc<Kernels>) -> Result<()> {
     };
     for trial in [&fours, &odd] {
         let layer = Layer::new(Arc::clone(kernels), trial.targets.clone())?;
-        let whole = trial.run(&layer, &inputs, &[TOKENS])?;
+        let whole = trial.run(&layer, &inputs, &[TOKENS], true)?;
         let wanted = trial.wanted(&inputs, &reads);
         let element = kernels.sizes().element;
         let allowed = ALLOWED
@@ -75,13 +75,15 @@ pub(crate) fn check(kernels: &Arc<Kernels>) -> Result<()> {
             let found: Vec<f32> = found.iter().map(|&bits| element.widen(bits)).collect();
             compare(&format!("the corrected values {n}"), &found, wanted, allowed)?;
         }
-        let pieces = trial.run(&layer, &inputs, &ENDS)?;
-        if whole.bits() != pieces.bits() {
-            return Err(CudaError::Wrong {
-                what: "a call and the same in pieces".into(),
-                found: f32::INFINITY,
-                allowed: 0.0,
-            });
+        // Steps in one launch, and in two.
+        for in_one in [true, false] {
+            if whole.bits() != trial.run(&layer, &inputs, &ENDS, in_one)?.bits() {
+                return Err(CudaError::Wrong {
+                    what: "a call and the same in pieces".into(),
+                    found: f32::INFINITY,
+                    allowed: 0.0,
+                });
+            }
         }
     }
     Ok(())
@@ -340,7 +342,7 @@ impl Trial {
 
     /// Runs the calls that end at `ends` on the card.
     #[allow(unsafe_code)]
-    fn run(&self, layer: &Layer, inputs: &Inputs, ends: &[usize]) -> Result<Left> {
+    fn run(&self, layer: &Layer, inputs: &Inputs, ends: &[usize], in_one: bool) -> Result<Left> {
         let kernels = layer.kernels();
         let (device, sizes) = (kernels.device(), &inputs.sizes);
         let element = sizes.element;
@@ -407,7 +409,7 @@ impl Trial {
                 stream: 0,
             };
             // SAFETY: all of these lie on the kernels' card, in the sizes of the call, and are freed behind the wait.
-            unsafe { layer.forward(&call)? };
+            unsafe { layer.launch(&call, in_one)? };
             device.synchronize(0)?;
             left.state = present.download(BATCH * own)?;
             // The next piece goes on from there.

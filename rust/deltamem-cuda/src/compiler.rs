@@ -66,7 +66,7 @@ impl Compiler {
                 let found = unsafe { library.get(name) };
                 *found.map_err(|error| CudaError::Library {
                     library: NAMES[0].into(),
-                    found: error.to_string(),
+                    found: format!("it has no {name} ({error})"),
                     help: HELP,
                 })?
             }};
@@ -181,11 +181,7 @@ impl Compiler {
                     found: format!("{found}: {}", log.trim()),
                 });
             }
-            let what = if target.starts_with("sm_") {
-                self.cubin
-            } else {
-                self.ptx
-            };
+            let what = if target.starts_with("sm_") { self.cubin } else { self.ptx };
             let mut image = self.read(program.program, what, "reading the image")?;
             // PTX is text, and the driver reads it up to a NUL byte.
             if !target.starts_with("sm_") && image.last() != Some(&0) {

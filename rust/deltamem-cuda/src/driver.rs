@@ -106,7 +106,7 @@ impl Driver {
                 let found = unsafe { library.get(name) };
                 *found.map_err(|error| CudaError::Library {
                     library: NAMES[0].into(),
-                    found: error.to_string(),
+                    found: format!("it has no {name} ({error})"),
                     help: HELP,
                 })?
             }};
@@ -312,8 +312,9 @@ impl Module {
         self.device.enter()?;
         let mut handle = 0;
         // SAFETY: the module is loaded, the name ends with NUL, the out-pointer is valid.
-        let code =
-            unsafe { (self.device.driver.module_function)(&raw mut handle, self.handle, name.as_ptr()) };
+        let code = unsafe {
+            (self.device.driver.module_function)(&raw mut handle, self.handle, name.as_ptr())
+        };
         self.device.driver.check("looking for a kernel", code)?;
         Ok(Function(handle))
     }

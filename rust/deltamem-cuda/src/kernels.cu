@@ -14,7 +14,7 @@
 // The language is C, so that a test can run the same text without a card.
 
 #ifdef __CUDACC_RTC__
-#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name(const Call call)
+#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Call call)
 #define INSIDE static __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define UNROLL_BY(n) _Pragma("unroll 8")
@@ -40,6 +40,13 @@ typedef long long i64;
 // Threads that lay corrections, and rows that they take at a time.
 #define WIDE 128
 #define ROWS 8
+
+// A step in one launch: threads of a block, and the most numbers of the networks that each block reads by itself. Above W of 512 there is none.
+#define STEP 512
+#define SMALL (96 << 10)
+
+// Weights of a correction that are brought before the sums are there: all rows of them, where they are few. So is a row of S up to rank 16.
+#define BROUGHT (R <= 16 ? R : 1)
 
 // The scan: tokens that are prepared at a time, and the threads that prepare them.
 #define TILE (RANK <= 16 ? 32 : RANK <= 32 ? 16 : 8)
@@ -323,22 +330,24 @@ INSIDE float source_of(const Target *target, i64 row, i64 column) {
     return target->source ? widen(target->source[row * target->stride + target->begin + column]) : 0.0f;
 }
 
-// A whole row of a target whose correction has a norm of its own, by a block of WIDE threads.
-INSIDE void normed(const Call *call, const Target *target, i64 row, const float *reads, float *sums) {
+// A whole row of a target whose correction has a norm of its own, by a block of `threads`; WIDE of them sum, so that the order is always the same.
+INSIDE void normed(const Call *call, const Target *target, i64 row, const float *reads, float *sums, int threads) {
     const Correction own = target->corrections[0];
-    float squares = 0.0f;
-    for (i64 n = threadIdx.x; n < own.width; n += WIDE) {
-        float delta = delta_of(call, own.from + n, reads);
-        squares = fmaf(delta, delta, squares);
+    if (threadIdx.x < WIDE) {
+        float squares = 0.0f;
+        for (i64 n = threadIdx.x; n < own.width; n += WIDE) {
+            float delta = delta_of(call, own.from + n, reads);
+            squares = fmaf(delta, delta, squares);
+        }
+        sums[threadIdx.x] = squares;
     }
-    sums[threadIdx.x] = squares;
     __syncthreads();
     for (int half = WIDE / 2; half > 0; half /= 2) {
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
         __syncthreads();
     }
     float factor = 1.0f / sqrtf(sums[0] / (float)own.width + target->epsilon);
-    for (i64 column = threadIdx.x; column < target->width; column += WIDE) {
+    for (i64 column = threadIdx.x; column < target->width; column += threads) {
         float value = source_of(target, row, column);
         i64 n = column - own.start;
         if (n >= 0 && n < own.width) value += delta_of(call, own.from + n, reads) * (factor * target->norm[n]);
@@ -363,71 +372,156 @@ INSIDE int is_corrected(const Target *target, i64 first, i64 end) {
     return found;
 }
 
-// A step of one token, behind `propose`: one block for a row's slice of WIDE columns, or for the whole row of a target with a norm. Each
-// block makes the reads that it needs; the first of a row writes the state.
-KERNEL(remember, WIDE) {
-    __shared__ float proposal[W];
-    __shared__ ALIGNED(16) float units[2 * R];
-    __shared__ Gate gates[G];
-    __shared__ float reads[R];
-    __shared__ float sums[WIDE];
-    i64 blocks = call.slices > 0 ? call.slices : 1, row = blockIdx.x / blocks, slice = blockIdx.x % blocks;
-    int first_of_row = slice == 0, any = call.slices > 0;
-    const Target *target = any ? target_of(&call, &slice) : call.target;
-    i64 column = slice * WIDE + threadIdx.x;
-    int has = any && !target->norm && column < target->width;
-    int corrected = any && (target->norm || is_corrected(target, slice * WIDE, slice * WIDE + WIDE));
-    // What does not wait for the sums comes first.
-    float value = has ? source_of(target, row, column) : 0.0f;
-    if (!corrected && !first_of_row) {
-        if (has) target->out[row * target->width + column] = narrow(value);
-        return;
-    }
-    const float *past = call.past + row * call.past_stride;
-    float *state = call.state + row * (R * RANK);
+// What the threads of a block share in a step of one token.
+typedef struct {
+    float proposal[W];
+    ALIGNED(16) float units[2 * R];
+    Gate gates[G];
+    float reads[R];
+    float sums[WIDE];
+} Room;
+
+// A thread's own: a column of a target's row, and a row of S.
+typedef struct {
+    const Target *target;
+    i64 row, column;
+    int first;         // of the target's corrections, the first on the column; none: -1
+    int any;           // whether the layer has targets at all
+    int has;           // whether there is such a column
+    int first_of_row;  // whether its block writes the state
+    float value;
     float kept[RANK];
-    UNROLL for (int j = 0; j < RANK; j++) kept[j] = threadIdx.x < R ? past[threadIdx.x * RANK + j] : 0.0f;
-    int writes = call.mask[row] != 0.0f;
-    for (int c = threadIdx.x; c < W; c += WIDE) {
-        const float *own = call.work + row * call.parts * W + c;
-        float total = 0.0f;
-        UNROLL_BY(8) for (i64 part = 0; part < call.parts; part++) total += own[part * W];
-        proposal[c] = proposed(total, c);
+    float weights[BROUGHT];
+} Own;
+
+// What a step does before the sums are there, in blocks of a row's slice of `threads` columns or of the whole row of a target with a norm:
+// it brings what does not wait for them. Returns whether anything is left to do.
+INSIDE int prepare(const Call *call, int threads, Own *own) {
+    i64 blocks = call->slices > 0 ? call->slices : 1, slice = blockIdx.x % blocks;
+    own->row = blockIdx.x / blocks;
+    own->first_of_row = slice == 0;
+    own->any = call->slices > 0;
+    own->target = own->any ? target_of(call, &slice) : call->target;
+    own->first = -1;
+    own->column = slice * threads + threadIdx.x;
+    int whole = own->any && own->target->norm;
+    own->has = own->any && !whole && own->column < own->target->width;
+    own->value = own->has ? source_of(own->target, own->row, own->column) : 0.0f;
+    if (!own->first_of_row && !whole && !is_corrected(own->target, slice * threads, slice * threads + threads)) {
+        if (own->has) own->target->out[own->row * own->target->width + own->column] = narrow(own->value);
+        return 0;
     }
-    __syncthreads();
-    for (int n = threadIdx.x; n < 2 * R; n += WIDE) {
-        units[n] = NORMALIZE ? proposal[n] / length_of(proposal + n / RANK * RANK) : proposal[n];
+    const float *weights = call->corrections;
+    for (int c = own->has ? (int)own->target->count - 1 : -1; c >= 0; c--) {
+        i64 n = own->column - own->target->corrections[c].start;
+        if (n < 0 || n >= own->target->corrections[c].width) continue;
+        own->first = c;
+        weights = call->corrections + own->target->corrections[c].from + n;
     }
-    for (int g = threadIdx.x; g < G; g += WIDE) gates[g] = gate_of(proposal, call.bias, g);
+    UNROLL for (int i = 0; i < BROUGHT; i++) own->weights[i] = own->first >= 0 ? weights[i * call->columns] : 0.0f;
+    const float *past = call->past + own->row * call->past_stride;
+    UNROLL for (int j = 0; j < RANK; j++) own->kept[j] = RANK <= 16 && threadIdx.x < R ? past[threadIdx.x * RANK + j] : 0.0f;
+    return 1;
+}
+
+// What a step does when `room->proposal` is there. Each block makes the reads that it needs; the first of a row writes the state.
+INSIDE void finish(const Call *call, int threads, Own *own, Room *room) {
+    const float *past = call->past + own->row * call->past_stride;
+    float *state = call->state + own->row * (R * RANK);
+    int writes = call->mask[own->row] != 0.0f;
+    for (int n = threadIdx.x; n < 2 * R; n += threads) {
+        room->units[n] = NORMALIZE ? room->proposal[n] / length_of(room->proposal + n / RANK * RANK) : room->proposal[n];
+    }
+    for (int g = threadIdx.x; g < G; g += threads) room->gates[g] = gate_of(room->proposal, call->bias, g);
     __syncthreads();
-    for (int i = threadIdx.x; i < R; i += WIDE) {
-        const float *q = units + i / RANK * RANK, *k = units + R + i / RANK * RANK;
-        if (i != threadIdx.x) {
-            UNROLL for (int j = 0; j < RANK; j++) kept[j] = past[i * RANK + j];
+    for (int i = threadIdx.x; i < R; i += threads) {
+        const float *q = room->units + i / RANK * RANK, *k = room->units + R + i / RANK * RANK;
+        if (RANK > 16 || i != threadIdx.x) {
+            UNROLL for (int j = 0; j < RANK; j++) own->kept[j] = past[i * RANK + j];
         }
-        reads[i] = recalled(kept, q);
-        if (first_of_row) {
+        room->reads[i] = recalled(own->kept, q);
+        if (own->first_of_row) {
             if (writes) {
-                Gate gate = gates[i / RANK * GATES + i % RANK % GATES];
-                float amount = amount_of(gate.erase, recalled(kept, k), gate.write * proposal[2 * R + i]);
-                UNROLL for (int j = 0; j < RANK; j++) kept[j] = moved(amount, k[j], gate.keep, kept[j]);
+                Gate gate = room->gates[i / RANK * GATES + i % RANK % GATES];
+                float amount = amount_of(gate.erase, recalled(own->kept, k), gate.write * room->proposal[2 * R + i]);
+                UNROLL for (int j = 0; j < RANK; j++) own->kept[j] = moved(amount, k[j], gate.keep, own->kept[j]);
             }
-            UNROLL for (int j = 0; j < RANK; j++) state[i * RANK + j] = kept[j];
+            UNROLL for (int j = 0; j < RANK; j++) state[i * RANK + j] = own->kept[j];
         }
     }
     __syncthreads();
-    if (any && target->norm) {
-        normed(&call, target, row, reads, sums);
-    } else if (has) {
+    const Target *target = own->target;
+    if (own->any && target->norm) {
+        normed(call, target, own->row, room->reads, room->sums, threads);
+    } else if (own->has) {
         for (int c = 0; c < target->count; c++) {
-            i64 n = column - target->corrections[c].start;
-            if (n >= 0 && n < target->corrections[c].width) {
-                value += delta_of(&call, target->corrections[c].from + n, reads);
+            const Correction *one = &target->corrections[c];
+            i64 n = own->column - one->start;
+            if (n < 0 || n >= one->width) continue;
+            if (R <= BROUGHT && c == own->first) {
+                float sum = 0.0f;
+                UNROLL for (int i = 0; i < BROUGHT; i++) sum = fmaf(room->reads[i], own->weights[i], sum);
+                own->value += sum;
+            } else {
+                own->value += delta_of(call, one->from + n, room->reads);
             }
         }
-        target->out[row * target->width + column] = narrow(value);
+        target->out[own->row * target->width + own->column] = narrow(own->value);
     }
 }
+
+// A step of one token, behind `propose`.
+KERNEL(remember, WIDE) {
+    __shared__ Room room;
+    Own own;
+    if (!prepare(&call, WIDE, &own)) return;
+    for (int c = threadIdx.x; c < W; c += WIDE) {
+        const float *sums = call.work + own.row * call.parts * W + c;
+        float total = 0.0f;
+        UNROLL_BY(8) for (i64 part = 0; part < call.parts; part++) total += sums[part * W];
+        room.proposal[c] = proposed(total, c);
+    }
+    __syncthreads();
+    finish(&call, WIDE, &own, &room);
+}
+
+#if W <= STEP
+// A step of one token in one launch, for few sequences and small networks: each block sums the networks for itself, a warp for a part and
+// COLUMNS columns.
+KERNEL(step, STEP) {
+    __shared__ Room room;
+    __shared__ ALIGNED(16) float x[2][STEP / 32][PART];
+    __shared__ float sums[SMALL / PART + W];
+    Own own;
+    if (!prepare(&call, STEP, &own)) return;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tasks = (int)call.parts * COLUMN_TILES;
+    for (int first = 0, side = 0; first < tasks; first += STEP / 32, side = 1 - side) {
+        int task = first + warp, part = task % (int)call.parts, column = task / (int)call.parts * COLUMNS + lane;
+        float weights[PART];
+        UNROLL for (int leaf = 0; leaf < LEAVES; leaf++) {
+            weights_of(&call, part, leaf, task < tasks ? column : W, weights + leaf * LEAF);
+        }
+        for (int n = lane; n < PART; n += 32) {
+            i64 d = (i64)part * PART + n;
+            x[side][warp][n] = d < call.width ? widen(call.hidden[own.row * call.width + d]) : 0.0f;
+        }
+        __syncthreads();
+        float sum = 0.0f;
+        UNROLL for (int leaf = 0; leaf < LEAVES; leaf++) {
+            sum += leaf_of(x[side][warp] + leaf * LEAF, weights + leaf * LEAF);
+        }
+        if (task < tasks && column < W) sums[part * W + column] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < W) {
+        float total = 0.0f;
+        for (int part = 0; part < (int)call.parts; part++) total += sums[part * W + threadIdx.x];
+        room.proposal[threadIdx.x] = proposed(total, threadIdx.x);
+    }
+    __syncthreads();
+    finish(&call, STEP, &own, &room);
+}
+#endif
 
 // A prompt, behind `propose_many`: the states through all tokens, one block for a head of a sequence. A thread has a row of S in registers;
 // PREPARING others bring the next tokens meanwhile. What is read takes the place of q in `work`.
@@ -587,5 +681,5 @@ KERNEL(correct_normed, WIDE) {
     while (!target->norm) target++;
     for (int i = threadIdx.x; i < R; i += WIDE) reads[i] = call.work[row * W + i];
     __syncthreads();
-    normed(&call, target, row, reads, sums);
+    normed(&call, target, row, reads, sums, WIDE);
 }

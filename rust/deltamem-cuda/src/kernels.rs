@@ -5,7 +5,7 @@ use std::sync::Arc;
 use deltamem_core::{Gates, UpdateMode};
 
 use crate::driver::{Device, Function, Module};
-use crate::layer::CALL_BYTES;
+use crate::layer::{CALL_BYTES, STEP};
 use crate::{CudaError, Result};
 
 /// The kernels' text.
@@ -134,6 +134,8 @@ impl Sizes {
 #[derive(Debug)]
 pub struct Kernels {
     sizes: Sizes,
+    /// Where the networks are narrow enough for it.
+    pub(crate) step: Option<Function>,
     pub(crate) propose: Function,
     pub(crate) remember: Function,
     pub(crate) propose_many: Function,
@@ -150,6 +152,11 @@ impl Kernels {
         let module = device.load(image)?;
         Ok(Self {
             sizes,
+            step: if sizes.proposal_width() <= STEP {
+                Some(module.function(c"step")?)
+            } else {
+                None
+            },
             propose: module.function(c"propose")?,
             remember: module.function(c"remember")?,
             propose_many: module.function(c"propose_many")?,

@@ -13,9 +13,16 @@ const COLUMNS: usize = 32;
 const FEW: usize = 4;
 const MANY: usize = 8;
 const PROPOSING: u32 = 256;
+const WHOLE_STEP: u32 = 512;
 const WIDE: u32 = 128;
 const ROWS: usize = 8;
 const PREPARING: usize = 96;
+/// Threads of the kernel that makes a step in one launch, and the widest networks that it has.
+pub(crate) const STEP: usize = 512;
+/// The most numbers of the networks that each of its blocks reads.
+const SMALL: usize = 96 << 10;
+/// The most sequences that it is worth it for: each has blocks of its own, which read the networks again.
+const ALONE: usize = 8;
 const MOST_TARGETS: usize = 4;
 const MOST_CORRECTIONS: usize = 4;
 /// Bytes that four numbers must lie at a multiple of: of the decoder's 4 · element, of the weights these.
@@ -216,14 +223,31 @@ impl Layer {
     /// (nor reads, where the call writes); the layer lives as long.
     #[allow(unsafe_code)]
     pub unsafe fn forward(&self, call: &Call<'_>) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.launch(call, true) }
+    }
+
+    /// As [`Layer::forward`]; `whole` lets a step go in one launch, where it can.
+    ///
+    /// # Safety
+    /// As there.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn launch(&self, call: &Call<'_>, whole: bool) -> Result<()> {
         if call.batch == 0 {
             return Ok(());
         }
         let sizes = *self.kernels.sizes();
-        let fours = call.tokens > 1 && self.in_fours(call);
-        let raw = self.raw(call, fours)?;
+        let step = self.step(call).filter(|_| whole);
+        let columns = if step.is_some() {
+            STEP
+        } else if call.tokens > 1 && self.in_fours(call) {
+            4 * WIDE as usize
+        } else {
+            WIDE as usize
+        };
+        let raw = self.raw(call, columns)?;
         let rows = call.batch * call.tokens;
-        let columns = sizes.proposal_width().div_ceil(COLUMNS);
+        let tiles = sizes.proposal_width().div_ceil(COLUMNS);
         let slices: usize = raw.slices.try_into().unwrap_or(0);
         let device = self.kernels.device();
         device.enter()?;
@@ -233,17 +257,20 @@ impl Layer {
             unsafe { device.launch(function, count(blocks)?, threads, call.stream, &raw) }
         };
         let kernels = &self.kernels;
+        if let Some(step) = step {
+            return start(step, &[rows, slices.max(1)], WHOLE_STEP);
+        }
         if call.tokens == 1 {
             start(
                 kernels.propose,
-                &[parts(call.width), columns, rows.div_ceil(FEW)],
+                &[parts(call.width), tiles, rows.div_ceil(FEW)],
                 PROPOSING,
             )?;
             return start(kernels.remember, &[rows, slices.max(1)], WIDE);
         }
         let scanning = sizes.rank.next_multiple_of(32) + PREPARING;
         if rows > 0 {
-            start(kernels.propose_many, &[columns, rows.div_ceil(MANY)], PROPOSING)?;
+            start(kernels.propose_many, &[tiles, rows.div_ceil(MANY)], PROPOSING)?;
         }
         start(
             kernels.scan,
@@ -254,11 +281,7 @@ impl Layer {
             return Ok(());
         }
         if slices > 0 {
-            let correct = if fours {
-                kernels.correct_fours
-            } else {
-                kernels.correct
-            };
+            let correct = if columns > WIDE as usize { kernels.correct_fours } else { kernels.correct };
             start(correct, &[slices, rows.div_ceil(ROWS)], WIDE)?;
         }
         if self.targets.iter().any(|target| target.epsilon.is_some()) {
@@ -267,7 +290,16 @@ impl Layer {
         Ok(())
     }
 
-    fn raw(&self, call: &Call<'_>, fours: bool) -> Result<RawCall> {
+    /// The kernel that makes the call in one launch, where it is a step of few sequences with small networks.
+    fn step(&self, call: &Call<'_>) -> Option<Function> {
+        let small = call.width.saturating_mul(self.kernels.sizes().proposal_width()) <= SMALL;
+        self.kernels
+            .step
+            .filter(|_| call.tokens == 1 && call.batch <= ALONE && small)
+    }
+
+    /// What the kernels are told, where a block has so many columns.
+    fn raw(&self, call: &Call<'_>, columns: usize) -> Result<RawCall> {
         self.check(call)?;
         let sizes = self.kernels.sizes();
         let state = sizes.reads() * sizes.rank;
@@ -293,7 +325,7 @@ impl Layer {
         };
         for ((raw_target, target), values) in raw.target.iter_mut().zip(&self.targets).zip(call.values) {
             let slices = if target.epsilon.is_none() {
-                target.width.div_ceil(WIDE as usize * if fours { 4 } else { 1 })
+                target.width.div_ceil(columns)
             } else if call.tokens == 1 {
                 1
             } else {
@@ -397,15 +429,10 @@ impl Layer {
         let bytes = |count: usize| count.saturating_mul(size_of::<f32>()) as u64;
         let state = sizes.reads() * sizes.rank;
         let span = |from: Address, count: usize| -> Range<u64> { from..from.saturating_add(bytes(count)) };
-        let past = span(
-            call.past_memory,
-            state.saturating_mul(call.layers).saturating_mul(call.batch),
-        );
+        let past = span(call.past_memory, state.saturating_mul(call.layers).saturating_mul(call.batch));
         let present = span(call.present_memory, state.saturating_mul(call.batch));
         if past.start < present.end && present.start < past.end {
-            return refuse(
-                "the memory before and behind the call lie in the same place, expected two".into(),
-            );
+            return refuse("the memory before and behind the call lie in the same place, expected two".into());
         }
         Ok(())
     }
@@ -489,9 +516,5 @@ fn count(blocks: &[usize]) -> Result<u32> {
         .try_fold(1_usize, |all, &n| all.checked_mul(n))
         .and_then(|all| i32::try_from(all).ok());
     let all = all.and_then(|all| u32::try_from(all).ok());
-    all.ok_or_else(|| {
-        CudaError::Call(format!(
-            "a call of {blocks:?} blocks is too large, use fewer tokens at once"
-        ))
-    })
+    all.ok_or_else(|| CudaError::Call(format!("a call of {blocks:?} blocks is too large, use fewer tokens at once")))
 }

@@ -111,10 +111,7 @@ impl Machine {
         let options = sizes.options();
         let version = format!("{:?}", self.compiler.version());
         let key = Key::new(&[&self.source, &options.join("\0"), &version, &self.target]);
-        let kept = self
-            .cache
-            .load(&key)
-            .and_then(|image| self.checked(sizes, &image).ok());
+        let kept = self.cache.load(&key).and_then(|image| self.checked(sizes, &image).ok());
         let kernels = if let Some(kernels) = kept {
             kernels
         } else {

@@ -33,11 +33,41 @@ pub fn options(library: &Path, cache: Cache) -> Options {
     }
 }
 
+/// A folder inside of another.
+pub fn scratch(folder: &Path, name: &str) -> PathBuf {
+    let own = folder.join(name);
+    std::fs::create_dir(&own).unwrap();
+    own
+}
+
+/// One of the emulator's counters.
+#[allow(unsafe_code)]
+pub fn counted(library: &Path, name: &str) -> u64 {
+    // SAFETY: the emulator's counters take nothing and return an unsigned long.
+    unsafe {
+        let library = libloading::Library::new(library).unwrap();
+        library
+            .get::<unsafe extern "C" fn() -> std::ffi::c_ulong>(name)
+            .unwrap()()
+    }
+}
+
+/// Has the emulator go on behind a kernel that failed, as a new process would.
+#[allow(unsafe_code)]
+pub fn mend(library: &Path) {
+    // SAFETY: it takes and returns nothing.
+    unsafe {
+        let library = libloading::Library::new(library).unwrap();
+        library.get::<unsafe extern "C" fn()>("emulator_mend").unwrap()();
+    }
+}
+
 /// The one that most tests share.
 pub fn machine() -> &'static Machine {
     static MACHINE: OnceLock<Machine> = OnceLock::new();
     MACHINE.get_or_init(|| {
         let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        std::fs::create_dir_all(&folder).unwrap();
         Machine::open(options(&build(&folder, &[]), Cache::default())).unwrap()
     })
 }

@@ -546,8 +546,9 @@ def remove_unused(graph: ir.Graph) -> None:
 
 
 def _in_groups(graph: ir.Graph, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
-    """The layers' memories, [B, 1, H, r, r] each, joined to as few of equal size as CUDA's Concat takes at once. Of more, or unequal ones, it
-    is told by a copy from the host, which a captured step would repeat from where nothing is any more. A count without such groups stays."""
+    """The layers' memories, [B, 1, H, r, r] each, joined to as few of equal size as CUDA's Concat takes at once. Of more, or unequal
+    ones, it is told by a copy from the host, which a captured step would repeat from where nothing is any more. A count without such
+    groups stays."""
     count = len(states)
     groups = next((n for n in range(2, _MOST_JOINED + 1) if count % n == 0 and count // n <= _MOST_JOINED), 0)
     if count <= _MOST_JOINED or not groups:

@@ -221,7 +221,9 @@ impl Graph {
             .map_err(EngineError::onnx("preparing a session"))?
             .with_config_entry("session.intra_op.spin_duration_us", SPIN_US)
             .map_err(EngineError::onnx("preparing a session"))?
-            .with_operators(operator::domain(provider).map_err(EngineError::onnx("preparing the memory's operator"))?)
+            .with_operators(
+                operator::domain(provider).map_err(EngineError::onnx("preparing the memory's operator"))?,
+            )
             .map_err(EngineError::onnx("preparing the memory's operator"))?;
         if let Some(prefix) = std::env::var_os(PROFILE) {
             builder = builder

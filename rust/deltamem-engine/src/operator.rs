@@ -466,20 +466,17 @@ impl Node<'_, '_> {
         let (mut targets, mut places) = (Vec::new(), Vec::new());
         for place in self.places()? {
             let Place { output, width, .. } = place;
-            let own = place
-                .corrections
-                .iter()
-                .map(|&[from, width, start]| Correction {
-                    matrix: &matrix,
-                    stride,
-                    from,
-                    width,
-                    start,
-                    norm: own_norm
-                        .as_ref()
-                        .filter(|_| output == OUTPUT_O)
-                        .map(|(weights, epsilon)| (weights.as_slice(), *epsilon)),
-                });
+            let own = place.corrections.iter().map(|&[from, width, start]| Correction {
+                matrix: &matrix,
+                stride,
+                from,
+                width,
+                start,
+                norm: own_norm
+                    .as_ref()
+                    .filter(|_| output == OUTPUT_O)
+                    .map(|(weights, epsilon)| (weights.as_slice(), *epsilon)),
+            });
             let norm = match ["q_epsilon", "k_epsilon"]
                 .get(output - 1)
                 .and_then(|name| self.0.get::<f32>(name))

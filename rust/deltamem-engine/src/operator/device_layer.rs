@@ -198,8 +198,7 @@ impl DeviceKernel {
         let corrections = tensors.placed(CORRECTIONS, "corrections", FLOAT)?;
         let columns = corrections.count() / sizes.reads();
         let corrections = corrections.expect(&[sizes.reads(), columns])?;
-        let present =
-            tensors.placed_output(PRESENT_MEMORY, &[batch, 1, heads, rank, rank], FLOAT)?;
+        let present = tensors.placed_output(PRESENT_MEMORY, &[batch, 1, heads, rank, rank], FLOAT)?;
         let room = self
             .layer
             .work(batch, tokens, width)

@@ -31,7 +31,7 @@ fn compiler() -> Option<Compiler> {
             .flatten()
             .map(|entry| entry.path())
     };
-    let libraries = folders
+    let mut libraries = folders
         .into_iter()
         .flatten()
         .flat_map(|folder| all(folder.join("lib")))
@@ -41,9 +41,7 @@ fn compiler() -> Option<Compiler> {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             name.starts_with("libnvrtc.so.")
         });
-    let found = libraries
-        .filter_map(|path| Compiler::open(Some(&path)).ok())
-        .next();
+    let found = libraries.find_map(|path| Compiler::open(Some(&path)).ok());
     found.or_else(|| Compiler::open(None).ok())
 }
 

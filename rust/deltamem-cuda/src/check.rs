@@ -94,7 +94,11 @@ fn compare(what: &str, found: &[f32], wanted: &[f32], allowed: f32) -> Result<()
     let mut largest = 0.0_f32;
     for (found, wanted) in found.iter().zip(wanted) {
         let apart = (found - wanted).abs() / size;
-        largest = if apart.is_finite() { largest.max(apart) } else { f32::INFINITY };
+        largest = if apart.is_finite() {
+            largest.max(apart)
+        } else {
+            f32::INFINITY
+        };
     }
     if found.len() == wanted.len() && largest <= allowed {
         return Ok(());
@@ -130,9 +134,7 @@ impl Element {
             Self::Single => bits,
             Self::Brain => bits >> 16,
             // Normal in both: the exponent's bias differs by 112, the fraction by 13 bits.
-            Self::Half if x != 0.0 => {
-                (bits >> 16 & 0x8000) | (((bits & 0x7FFF_FFFF) - (112 << 23)) >> 13)
-            }
+            Self::Half if x != 0.0 => (bits >> 16 & 0x8000) | (((bits & 0x7FFF_FFFF) - (112 << 23)) >> 13),
             Self::Half => 0,
         }
     }
@@ -294,7 +296,11 @@ fn cut<T: Copy>(all: &[T], width: usize, from: usize, end: usize) -> Vec<T> {
 impl Trial {
     /// [R, columns].
     fn corrections(&self, sizes: &Sizes) -> Vec<f32> {
-        scaled(sizes.reads() * self.columns, 6, 1.0 / (sizes.reads() as f32).sqrt())
+        scaled(
+            sizes.reads() * self.columns,
+            6,
+            1.0 / (sizes.reads() as f32).sqrt(),
+        )
     }
 
     /// The rows that a target is made from, [B, T, stride].
@@ -304,7 +310,11 @@ impl Trial {
     }
 
     fn norm(&self, n: usize) -> Vec<f32> {
-        scaled(self.targets[n].corrections.first().map_or(0, |own| own.width), 9, 0.5)
+        scaled(
+            self.targets[n].corrections.first().map_or(0, |own| own.width),
+            9,
+            0.5,
+        )
     }
 
     /// What each target should be, from the reads.
@@ -329,15 +339,25 @@ impl Trial {
                     if let Some(epsilon) = target.epsilon {
                         let squares: f32 = delta.iter().map(|x| x * x).sum();
                         let factor = 1.0 / (squares / correction.width as f32 + epsilon).sqrt();
-                        delta.iter_mut().zip(&norm).for_each(|(x, weight)| *x *= factor * weight);
+                        delta
+                            .iter_mut()
+                            .zip(&norm)
+                            .for_each(|(x, weight)| *x *= factor * weight);
                     }
-                    own[correction.start..].iter_mut().zip(delta).for_each(|(x, delta)| *x += delta);
+                    own[correction.start..]
+                        .iter_mut()
+                        .zip(delta)
+                        .for_each(|(x, delta)| *x += delta);
                 }
                 out.extend(own);
             }
             out
         };
-        self.targets.iter().enumerate().map(|(n, target)| one(n, target)).collect()
+        self.targets
+            .iter()
+            .enumerate()
+            .map(|(n, target)| one(n, target))
+            .collect()
     }
 
     /// Runs the calls that end at `ends` on the card.
@@ -380,7 +400,11 @@ impl Trial {
                 let mut own = Values {
                     out: out.address(),
                     source: 0,
-                    norm: if target.epsilon.is_some() { norms[n].address() } else { 0 },
+                    norm: if target.epsilon.is_some() {
+                        norms[n].address()
+                    } else {
+                        0
+                    },
                 };
                 if let Some(rows) = target.rows {
                     let source = element.upload(kernels, &cut(&sources[n], rows.stride, from, end))?;
@@ -414,15 +438,23 @@ impl Trial {
             left.state = present.download(BATCH * own)?;
             // The next piece goes on from there.
             let mut states = inputs.past.clone();
-            for (all, state) in states.chunks_exact_mut(LAYERS * own).zip(left.state.chunks_exact(own)) {
+            for (all, state) in states
+                .chunks_exact_mut(LAYERS * own)
+                .zip(left.state.chunks_exact(own))
+            {
                 all[LAYER * own..][..own].copy_from_slice(state);
             }
             past.upload(&states)?;
-            let outs = kept.iter().filter(|buffer| values.iter().any(|own| own.out == buffer.address()));
+            let outs = kept
+                .iter()
+                .filter(|buffer| values.iter().any(|own| own.out == buffer.address()));
             for ((all, target), out) in left.values.iter_mut().zip(&self.targets).zip(outs) {
                 let width = target.width;
                 let found = element.download(out, BATCH * tokens * width)?;
-                for (all, found) in all.chunks_exact_mut(TOKENS * width).zip(found.chunks_exact(tokens * width)) {
+                for (all, found) in all
+                    .chunks_exact_mut(TOKENS * width)
+                    .zip(found.chunks_exact(tokens * width))
+                {
                     all[from * width..end * width].copy_from_slice(found);
                 }
             }

@@ -181,7 +181,11 @@ impl Compiler {
                     found: format!("{found}: {}", log.trim()),
                 });
             }
-            let what = if target.starts_with("sm_") { self.cubin } else { self.ptx };
+            let what = if target.starts_with("sm_") {
+                self.cubin
+            } else {
+                self.ptx
+            };
             let mut image = self.read(program.program, what, "reading the image")?;
             // PTX is text, and the driver reads it up to a NUL byte.
             if !target.starts_with("sm_") && image.last() != Some(&0) {

@@ -312,9 +312,8 @@ impl Module {
         self.device.enter()?;
         let mut handle = 0;
         // SAFETY: the module is loaded, the name ends with NUL, the out-pointer is valid.
-        let code = unsafe {
-            (self.device.driver.module_function)(&raw mut handle, self.handle, name.as_ptr())
-        };
+        let code =
+            unsafe { (self.device.driver.module_function)(&raw mut handle, self.handle, name.as_ptr()) };
         self.device.driver.check("looking for a kernel", code)?;
         Ok(Function(handle))
     }

@@ -281,7 +281,11 @@ impl Layer {
             return Ok(());
         }
         if slices > 0 {
-            let correct = if columns > WIDE as usize { kernels.correct_fours } else { kernels.correct };
+            let correct = if columns > WIDE as usize {
+                kernels.correct_fours
+            } else {
+                kernels.correct
+            };
             start(correct, &[slices, rows.div_ceil(ROWS)], WIDE)?;
         }
         if self.targets.iter().any(|target| target.epsilon.is_some()) {
@@ -326,10 +330,9 @@ impl Layer {
         for ((raw_target, target), values) in raw.target.iter_mut().zip(&self.targets).zip(call.values) {
             let slices = if target.epsilon.is_none() {
                 target.width.div_ceil(columns)
-            } else if call.tokens == 1 {
-                1
             } else {
-                0 // it has a kernel of its own
+                // In a prompt it has a kernel of its own.
+                usize::from(call.tokens == 1)
             };
             let rows = target.rows.unwrap_or(Rows { stride: 0, start: 0 });
             *raw_target = RawTarget {
@@ -429,10 +432,15 @@ impl Layer {
         let bytes = |count: usize| count.saturating_mul(size_of::<f32>()) as u64;
         let state = sizes.reads() * sizes.rank;
         let span = |from: Address, count: usize| -> Range<u64> { from..from.saturating_add(bytes(count)) };
-        let past = span(call.past_memory, state.saturating_mul(call.layers).saturating_mul(call.batch));
+        let past = span(
+            call.past_memory,
+            state.saturating_mul(call.layers).saturating_mul(call.batch),
+        );
         let present = span(call.present_memory, state.saturating_mul(call.batch));
         if past.start < present.end && present.start < past.end {
-            return refuse("the memory before and behind the call lie in the same place, expected two".into());
+            return refuse(
+                "the memory before and behind the call lie in the same place, expected two".into(),
+            );
         }
         Ok(())
     }
@@ -516,5 +524,9 @@ fn count(blocks: &[usize]) -> Result<u32> {
         .try_fold(1_usize, |all, &n| all.checked_mul(n))
         .and_then(|all| i32::try_from(all).ok());
     let all = all.and_then(|all| u32::try_from(all).ok());
-    all.ok_or_else(|| CudaError::Call(format!("a call of {blocks:?} blocks is too large, use fewer tokens at once")))
+    all.ok_or_else(|| {
+        CudaError::Call(format!(
+            "a call of {blocks:?} blocks is too large, use fewer tokens at once"
+        ))
+    })
 }

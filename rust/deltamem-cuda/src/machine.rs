@@ -50,8 +50,11 @@ pub struct Machine {
     made: Mutex<HashMap<Sizes, Weak<Kernels>>>,
 }
 
-/// The machines of this process, by the card's number and the library that plays it.
-static SHARED: Mutex<Vec<(i32, Option<PathBuf>, Weak<Machine>)>> = Mutex::new(Vec::new());
+/// A card's number, and the library that plays it.
+type Place = (i32, Option<PathBuf>);
+
+/// The machines of this process.
+static SHARED: Mutex<Vec<(Place, Weak<Machine>)>> = Mutex::new(Vec::new());
 
 impl Machine {
     /// Opens the libraries and the card.
@@ -77,21 +80,20 @@ impl Machine {
     /// As [`Machine::open`].
     pub fn shared(device: i32, library: Option<&Path>) -> Result<Arc<Self>> {
         let mut shared = SHARED.lock();
-        shared.retain(|(_, _, machine)| machine.strong_count() > 0);
-        let found = shared
-            .iter()
-            .find(|(number, path, _)| *number == device && path.as_deref() == library)
-            .and_then(|(_, _, machine)| machine.upgrade());
+        shared.retain(|(_, machine)| machine.strong_count() > 0);
+        let path = library.map(Path::to_path_buf);
+        let place = (device, path.clone());
+        let found = shared.iter().find(|(other, _)| *other == place);
+        let found = found.and_then(|(_, machine)| machine.upgrade());
         if let Some(machine) = found {
             return Ok(machine);
         }
-        let path = library.map(Path::to_path_buf);
         let machine = Arc::new(Self::open(Options {
             driver: path.clone(),
-            compiler: path.clone(),
+            compiler: path,
             ..Options::of_device(device)
         })?);
-        shared.push((device, path, Arc::downgrade(&machine)));
+        shared.push((place, Arc::downgrade(&machine)));
         Ok(machine)
     }
 
@@ -111,7 +113,10 @@ impl Machine {
         let options = sizes.options();
         let version = format!("{:?}", self.compiler.version());
         let key = Key::new(&[&self.source, &options.join("\0"), &version, &self.target]);
-        let kept = self.cache.load(&key).and_then(|image| self.checked(sizes, &image).ok());
+        let kept = self
+            .cache
+            .load(&key)
+            .and_then(|image| self.checked(sizes, &image).ok());
         let kernels = if let Some(kernels) = kept {
             kernels
         } else {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import onnx_ir as ir
 
 # They change no number: ONNX Runtime gives the same buffer another shape, or asks for a shape on the host.
 _NO_KERNEL = frozenset({"Constant", "Reshape", "Squeeze", "Unsqueeze", "Shape", "Identity"})
-# A step of one token takes two: what the networks propose, and all that follows from it (rust/deltamem-cuda).
-_KERNELS = {"DeviceMemoryLayer": 2}
+_MEMORY, _NETWORKS = "DeviceMemoryLayer", 3
+# A step of one token of eight sessions at most is one launch where the networks have no more numbers than this, else two.
+_SMALL = 98_304
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,17 @@ def launching(bundle: Path, graph: str) -> Launches:
     nodes = list(ir.load(bundle / entry["file" if graph == "portable" else "fused_file"]).graph)
     on_host = _on_host(nodes)
     found = [node for node in nodes if node.op_type not in _NO_KERNEL and node not in on_host]
-    kernels = sum(_KERNELS.get(node.op_type, 1) for node in found)
+    kernels = sum(_kernels(node) for node in found)
     own = sum(str(node.name).startswith("/deltamem/layers.") for node in found)
     return Launches(len(found), kernels, own, len(manifest["memory"]["layers"]))
+
+
+def _kernels(node: ir.Node) -> int:
+    if node.op_type != _MEMORY:
+        return 1
+    networks = node.inputs[_NETWORKS]
+    sizes = [] if networks is None or networks.shape is None else [int(size) for size in networks.shape]
+    return 1 if math.prod(sizes) <= _SMALL else 2
 
 
 def _on_host(nodes: list[ir.Node]) -> set[ir.Node]:

@@ -141,6 +141,7 @@ def test_verify_by_cuda_agrees_with_transformers(two_graphs, golden_case, form: 
         two_graphs(form, name), golden_case(name) / "backbone", golden_case(name) / "adapter", device="cuda"
     )
     assert (report.run_by, report.good) == ("cuda", True), str(report)
+    assert report.fused is not None, "the runtime ran the fused graph beside the portable one"
     if form == "fp16":
         assert report.logits is not None
         assert report.logits.max <= 2e-2
@@ -324,6 +325,23 @@ def test_memories_of_many_layers_are_joined_in_groups_that_a_capture_can_have(
         producer = value.producer()
         order += [v.name for v in (producer.inputs if producer.op_type == "Concat" else [value])]
     assert order == [f"/deltamem/layers.{i}/DeviceMemoryLayer/0" for i in range(layers)]
+
+
+def test_every_familys_graph_in_16_bits_is_fused(every_family, make_backbone, make_adapter, tmp_path) -> None:
+    """With all of q, k, v and o corrected; that it computes the same is held in float32 by test_families.py."""
+    backbone = make_backbone(every_family)
+    adapter = make_adapter(backbone, delta_heads=("q", "k", "v", "o"))
+    precision = Precision("bf16", device="cuda")
+    bundle = export_bundle(backbone, adapter, tmp_path / "bundle", precision, check=False, say=lambda _: None)
+    found = manifest.read(bundle)
+    assert found["graph"]["not_fused"] is None
+    graph, nodes = fused_graph(bundle)
+    assert len(nodes) == len(found["memory"]["layers"])
+    left = {node.op_type for node in graph if node.name.startswith("/deltamem/layers")}
+    assert left <= {"DeviceMemoryLayer", "Add"}
+    for node in nodes:
+        laid = node.attributes["corrections"].as_ints()
+        assert sum(laid[2::4]) == node.inputs[5].shape[1], "every column of the corrections is laid somewhere"
 
 
 def test_spans_and_large_ranks_are_not_fused_and_the_manifest_says_why(case: Path, make_adapter, tmp_path) -> None:

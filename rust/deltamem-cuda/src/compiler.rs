@@ -16,7 +16,7 @@ const NAMES: &[&str] = if cfg!(windows) {
 };
 
 const HELP: &str = "it compiles the memory's own kernels: pip install \"onnxruntime-gpu[cuda,cudnn]\", which brings it, or put that of CUDA on \
-                    the library path, or load with graph=\"portable\"";
+                    the library path";
 
 type Status = c_int;
 type Program = *mut c_void;

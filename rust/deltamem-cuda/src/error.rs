@@ -25,7 +25,7 @@ pub enum CudaError {
         code: i32,
     },
     /// NVRTC does not take the kernels.
-    #[error("NVRTC failed while {doing}: {found}; load with graph=\"portable\", and please report it")]
+    #[error("NVRTC failed while {doing}: {found}; please report it")]
     Compiler {
         /// What was being done.
         doing: &'static str,
@@ -34,8 +34,8 @@ pub enum CudaError {
     },
     /// The compiled kernels do not compute the rule on this card.
     #[error(
-        "the kernels compiled for this card are off: {what} differ from the rule by {found:e}, expected {allowed:e} at most; load with \
-         graph=\"portable\", and please report it with the card's and the driver's names"
+        "the kernels compiled for this card are off: {what} differ from the rule by {found:e}, expected {allowed:e} at most; please report \
+         it with the card's and the driver's names"
     )]
     Wrong {
         /// Which numbers.
@@ -46,7 +46,7 @@ pub enum CudaError {
         allowed: f32,
     },
     /// Sizes that the kernels do not have.
-    #[error("{what} is {found}, and the kernels have at most {most}; load with graph=\"portable\"")]
+    #[error("{what} is {found}, and the kernels have at most {most}")]
     Size {
         /// Of what.
         what: &'static str,

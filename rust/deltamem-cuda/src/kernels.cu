@@ -523,62 +523,90 @@ KERNEL(step, STEP) {
 }
 #endif
 
-// A prompt, behind `propose_many`: the states through all tokens, one block for a head of a sequence. A thread has a row of S in registers;
-// PREPARING others bring the next tokens meanwhile. What is read takes the place of q in `work`.
-KERNEL(scan, SCANNING + PREPARING) {
-    __shared__ ALIGNED(16) float q[2][TILE][PADDED];
-    __shared__ ALIGNED(16) float k[2][TILE][PADDED];
-    __shared__ ALIGNED(16) Gate gates[2][TILE][RANK];  // `write` times v, here
-    __shared__ int writes[2][TILE];
+// A row's gates of one token, in a prompt.
+typedef struct ALIGNED(16) {
+    float keep, erase;
+    float written;  // write times v
+    float writes;   // whether the token writes at all
+} Prepared;
+
+// What a block holds of a tile of tokens.
+typedef struct {
+    ALIGNED(16) float q[TILE][PADDED];
+    ALIGNED(16) float k[TILE][PADDED];
+    Prepared gates[TILE][RANK];
+} Tile;
+
+// A prompt, behind `propose_many`: the states through all tokens, one block for a head of a sequence. A thread has a row of S in registers.
+// The tokens pass by in tiles: PREPARING threads bring one, RANK others take the state through the one before (each token waits for the last
+// one's S k, and for nothing else), and as many take a copy of it through the one before that with the amounts that these found, and
+// read. What is read takes the place of q in `work`.
+KERNEL(scan, 2 * SCANNING + PREPARING) {
+    __shared__ Tile kept[3];
+    __shared__ float amounts[2][TILE][RANK];
     i64 b = blockIdx.x / HEADS, tiles = (call.tokens + TILE - 1) / TILE;
-    int head = blockIdx.x % HEADS, i = threadIdx.x;
-    int scans = i < RANK, helper = (int)threadIdx.x - SCANNING;
+    int head = blockIdx.x % HEADS, group = (int)threadIdx.x / SCANNING, i = (int)threadIdx.x % SCANNING;
+    int moves = group == 0 && i < RANK, reads = group == 1 && i < RANK, helper = (int)threadIdx.x - 2 * SCANNING;
     float *proposals = call.work + b * call.tokens * W;
     float row[RANK];
     UNROLL for (int j = 0; j < RANK; j++) {
-        row[j] = scans ? call.past[b * call.past_stride + (head * RANK + i) * RANK + j] : 0.0f;
+        row[j] = moves || reads ? call.past[b * call.past_stride + (head * RANK + i) * RANK + j] : 0.0f;
     }
-    for (i64 tile = -1; tile < tiles; tile++) {
-        if (helper >= 0 && tile + 1 < tiles) {
-            i64 first = (tile + 1) * TILE;
-            int side = (tile + 1) % 2, count = call.tokens - first < TILE ? (int)(call.tokens - first) : TILE;
+    for (i64 tile = -1; tile <= tiles; tile++) {
+        // Of the tile that comes, the one that is moved through, or the one that is read.
+        i64 own = helper >= 0 ? tile + 1 : group == 0 ? tile : tile - 1;
+        i64 first = own * TILE, left = call.tokens - first;
+        int count = own < 0 || left < 0 ? 0 : left < TILE ? (int)left : TILE;
+        Tile *at = &kept[(own + 3) % 3];
+        if (helper >= 0) {
             for (int n = helper; n < 2 * count; n += PREPARING) {
                 int token = n / 2;
-                const float *own = proposals + (first + token) * W + (n % 2 * HEADS + head) * RANK;
-                float *unit = n % 2 ? k[side][token] : q[side][token];
+                const float *from = proposals + (first + token) * W + (n % 2 * HEADS + head) * RANK;
+                float *unit = n % 2 ? at->k[token] : at->q[token];
                 float vector[RANK];
-                UNROLL for (int j = 0; j < RANK; j++) vector[j] = own[j];
+                UNROLL for (int j = 0; j < RANK; j++) vector[j] = from[j];
                 float length = NORMALIZE ? length_of(vector) : 1.0f;
                 UNROLL for (int j = 0; j < RANK; j++) unit[j] = NORMALIZE ? vector[j] / length : vector[j];
             }
             for (int n = helper; n < count * RANK; n += PREPARING) {
-                int token = n / RANK, at = n % RANK;
-                const float *own = proposals + (first + token) * W;
-                Gate gate = gate_of(own, call.bias, head * GATES + at % GATES);
-                gate.write *= own[2 * R + head * RANK + at];
-                gates[side][token][at] = gate;
+                int token = n / RANK, r = n % RANK;
+                const float *from = proposals + (first + token) * W;
+                Gate gate = gate_of(from, call.bias, head * GATES + r % GATES);
+                Prepared *to = &at->gates[token][r];
+                to->keep = gate.keep;
+                to->erase = gate.erase;
+                to->written = gate.write * from[2 * R + head * RANK + r];
+                to->writes = call.mask[b * call.tokens + first + token];
             }
-            for (int n = helper; n < count; n += PREPARING) {
-                writes[side][n] = call.mask[b * call.tokens + first + n] != 0.0f;
-            }
-        }
-        if (scans && tile >= 0) {
-            i64 first = tile * TILE;
-            int side = tile % 2, count = call.tokens - first < TILE ? (int)(call.tokens - first) : TILE;
+        } else if (count > 0 && (moves || reads)) {
+            // One token ahead, so that none waits for what the block holds.
+            float (*found)[RANK] = amounts[(own + 2) % 2];
+            float key[RANK];
+            Prepared gate = at->gates[0][i];
+            UNROLL for (int j = 0; j < RANK; j++) key[j] = at->k[0][j];
             for (int token = 0; token < count; token++) {
-                const float *key = k[side][token];
-                float read = recalled(row, q[side][token]);
-                if (writes[side][token]) {
-                    Gate gate = gates[side][token][i];
-                    float amount = amount_of(gate.erase, recalled(row, key), gate.write);
+                int next = token + 1 < count ? token + 1 : token;
+                float next_key[RANK];
+                Prepared next_gate = at->gates[next][i];
+                UNROLL for (int j = 0; j < RANK; j++) next_key[j] = at->k[next][j];
+                float amount = 0.0f;
+                if (reads) {
+                    proposals[(first + token) * W + head * RANK + i] = recalled(row, at->q[token]);
+                    amount = found[token][i];
+                } else {
+                    amount = amount_of(gate.erase, recalled(row, key), gate.written);
+                    found[token][i] = amount;
+                }
+                if (gate.writes != 0.0f) {
                     UNROLL for (int j = 0; j < RANK; j++) row[j] = moved(amount, key[j], gate.keep, row[j]);
                 }
-                proposals[(first + token) * W + head * RANK + i] = read;
+                gate = next_gate;
+                UNROLL for (int j = 0; j < RANK; j++) key[j] = next_key[j];
             }
         }
         __syncthreads();
     }
-    if (scans) {
+    if (moves) {
         float *state = call.state + (b * HEADS + head) * (RANK * RANK) + i * RANK;
         UNROLL for (int j = 0; j < RANK; j++) state[j] = row[j];
     }

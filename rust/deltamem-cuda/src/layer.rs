@@ -268,7 +268,7 @@ impl Layer {
             )?;
             return start(kernels.remember, &[rows, slices.max(1)], WIDE);
         }
-        let scanning = sizes.rank.next_multiple_of(32) + PREPARING;
+        let scanning = 2 * sizes.rank.next_multiple_of(32) + PREPARING;
         if rows > 0 {
             start(kernels.propose_many, &[tiles, rows.div_ceil(MANY)], PROPOSING)?;
         }

@@ -665,7 +665,7 @@ fn wrong_kernels_are_refused() {
     options.source = SOURCE.replace("INSIDE float recalled", "INSIDE float recalls");
     let error = Machine::open(options).unwrap().kernels(SINGLE).unwrap_err();
     assert!(matches!(error, CudaError::Compiler { .. }));
-    assert!(error.to_string().contains("recalled") && error.to_string().contains("graph=\"portable\""));
+    assert!(error.to_string().contains("recalled"));
 }
 
 #[test]
@@ -743,10 +743,7 @@ fn what_is_missing_is_said_with_what_to_do() {
     let mut without = options(&library, Cache::default());
     without.compiler = Some(nowhere);
     let error = Machine::open(without).unwrap_err().to_string();
-    assert!(
-        error.contains("onnxruntime-gpu[cuda,cudnn]") && error.contains("portable"),
-        "{error}"
-    );
+    assert!(error.contains("onnxruntime-gpu[cuda,cudnn]"), "{error}");
     // A library that is another one.
     let mut wrong = options(&library, Cache::default());
     wrong.driver = Some("libm.so.6".into());

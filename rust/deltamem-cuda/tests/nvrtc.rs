@@ -16,13 +16,14 @@ const RELEASED: Sizes = Sizes {
     element: Element::Half,
 };
 
-/// NVRTC in NVIDIA's wheels beside the Python that `PYO3_PYTHON` or `VIRTUAL_ENV` names, or the system's.
+/// NVRTC in NVIDIA's wheels beside the Python that `PYO3_PYTHON` or `VIRTUAL_ENV` names, in the project's `.venv`, or the system's.
 fn compiler() -> Option<Compiler> {
     let python = std::env::var_os("PYO3_PYTHON").map(PathBuf::from);
     let beside = python.as_deref().and_then(Path::parent).and_then(Path::parent);
     let folders = [
         beside.map(Path::to_path_buf),
         std::env::var_os("VIRTUAL_ENV").map(PathBuf::from),
+        Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv")),
     ];
     let all = |folder: PathBuf| {
         std::fs::read_dir(folder)

@@ -578,30 +578,37 @@ KERNEL(scan, 2 * SCANNING + PREPARING) {
                 to->written = gate.write * from[2 * R + head * RANK + r];
                 to->writes = call.mask[b * call.tokens + first + token];
             }
-        } else if (count > 0 && (moves || reads)) {
+        } else if (count > 0 && moves) {
             // One token ahead, so that none waits for what the block holds.
-            float (*found)[RANK] = amounts[(own + 2) % 2];
-            float key[RANK];
+            float key[RANK], next_key[RANK];
             Prepared gate = at->gates[0][i];
             UNROLL for (int j = 0; j < RANK; j++) key[j] = at->k[0][j];
             for (int token = 0; token < count; token++) {
                 int next = token + 1 < count ? token + 1 : token;
-                float next_key[RANK];
                 Prepared next_gate = at->gates[next][i];
                 UNROLL for (int j = 0; j < RANK; j++) next_key[j] = at->k[next][j];
-                float amount = 0.0f;
-                if (reads) {
-                    proposals[(first + token) * W + head * RANK + i] = recalled(row, at->q[token]);
-                    amount = found[token][i];
-                } else {
-                    amount = amount_of(gate.erase, recalled(row, key), gate.written);
-                    found[token][i] = amount;
-                }
+                float amount = amount_of(gate.erase, recalled(row, key), gate.written);
+                amounts[own % 2][token][i] = amount;
                 if (gate.writes != 0.0f) {
                     UNROLL for (int j = 0; j < RANK; j++) row[j] = moved(amount, key[j], gate.keep, row[j]);
                 }
                 gate = next_gate;
                 UNROLL for (int j = 0; j < RANK; j++) key[j] = next_key[j];
+            }
+        } else if (count > 0 && reads) {
+            float q[RANK], next_q[RANK], key[RANK];
+            UNROLL for (int j = 0; j < RANK; j++) q[j] = at->q[0][j];
+            for (int token = 0; token < count; token++) {
+                int next = token + 1 < count ? token + 1 : token;
+                Prepared gate = at->gates[token][i];
+                float amount = amounts[own % 2][token][i];
+                UNROLL for (int j = 0; j < RANK; j++) key[j] = at->k[token][j];
+                UNROLL for (int j = 0; j < RANK; j++) next_q[j] = at->q[next][j];
+                proposals[(first + token) * W + head * RANK + i] = recalled(row, q);
+                if (gate.writes != 0.0f) {
+                    UNROLL for (int j = 0; j < RANK; j++) row[j] = moved(amount, key[j], gate.keep, row[j]);
+                }
+                UNROLL for (int j = 0; j < RANK; j++) q[j] = next_q[j];
             }
         }
         __syncthreads();

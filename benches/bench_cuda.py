@@ -34,6 +34,7 @@ from bench_history import a_turn, first_token
 from bench_sessions import Users
 from deltamem_rt import _native
 from deltamem_rt._onnxruntime import find_library, open_cuda_libraries
+from launches import launching
 from measuring import Figures, Ratio, Table, interleaved, quantity, reached
 from opponents import Engine, GenAI, Torch
 from run import NO_CARD
@@ -85,32 +86,35 @@ def genai_has_cuda() -> bool:
 
 def bench_cost(made: models.Made, plan: Plan, device: str, table: Table) -> None:
     """A prompt and a token with the memory, against the backbone alone, onnxruntime-genai and PyTorch."""
-    opponents: dict[str, Any] = {
-        "memory": Engine(load(made.bundle, device)),
-        "backbone alone": Engine(load(made.bare, device)),
-    }
-    goals = {"backbone alone": 1 / 1.03}
+    model = load(made.bundle, device)
+    opponents: dict[str, Any] = {"memory": Engine(model), "backbone alone": Engine(load(made.bare, device))}
+    # Who is held against whom, and what is wanted of it.
+    pairs: dict[tuple[str, str], float | None] = {("memory", "backbone alone"): 1 / 1.03}
+    if model.graph == "fused":
+        opponents["portable graph"] = Engine(load(made.bundle, device, graph="portable"))
+        pairs |= {("portable graph", "backbone alone"): None, ("memory", "portable graph"): None}
+    else:
+        print(f"{made.name} at {made.precision}: no fused graph, {model.unfused}", file=sys.stderr)
     on_card = device.startswith("cuda")
     if on_card and genai_has_cuda():
         # Its graph has no memory, and so is held against the engine on the same graph.
         opponents["onnxruntime-genai"] = GenAI(made.genai)
+        pairs["backbone alone", "onnxruntime-genai"] = 1.0
     if made.precision.startswith("fp16"):
         opponents["PyTorch with memory"] = Torch(made.backbone, made.adapter, "fp16", "cuda" if on_card else "cpu")
-        goals["PyTorch with memory"] = 3.0
+        pairs["memory", "PyTorch with memory"] = 3.0
     prompt = prompts(plan.prompt)
     found = interleaved({name: lambda o=o: o(prompt, plan.tokens) for name, o in opponents.items()}, plan.rounds)
     for figure in ("prefill", "decode"):
-        for name in opponents:
-            if name == "memory":
-                continue
-            ours = "backbone alone" if name == "onnxruntime-genai" else "memory"
+        for (ours, name), goal in pairs.items():
             ratio = Ratio.of(found[name][figure], found[ours][figure])
-            goal = 1.0 if name == "onnxruntime-genai" else goals[name]
+            only_decode = name == "PyTorch with memory"
             judged = (
-                reached(ratio.value, round(goal, 3)) if figure == "decode" or name != "PyTorch with memory" else "-"
+                "-" if goal is None or (only_decode and figure != "decode") else reached(ratio.value, round(goal, 3))
             )
             mine, theirs = (quantity(found[who][figure]) for who in (ours, name))
-            table.row(made.name, made.precision, figure, f"engine, {ours}", mine, name, theirs, ratio, judged)
+            who = f"{ours}, {model.graph} graph" if ours == "memory" else ours
+            table.row(made.name, made.precision, figure, f"engine, {who}", mine, name, theirs, ratio, judged)
 
 
 def bench_sessions(made: models.Made, plan: Plan, device: str, table: Table) -> None:
@@ -289,15 +293,18 @@ def bench_history(made: models.Made, plan: Plan, device: str, table: Table) -> N
 
 def bench_profile(made: models.Made, device: str, table: Table) -> None:
     """What runs in a step of one token: ONNX Runtime's own profile of the engine's runs, in a process of its own."""
-    for name, bundle in (("with memory", made.bundle), ("backbone alone", made.bare)):
+    graphs = [("fused", made.bundle)] if load(made.bundle, device).graph == "fused" else []
+    for name, bundle in (*graphs, ("portable", made.bundle), ("backbone alone", made.bare)):
+        graph = name if bundle == made.bundle else "portable"
         with tempfile.TemporaryDirectory() as folder:
             code = (
                 "import sys, numpy as np, deltamem_rt as dm\n"
-                "with dm.Model.load(sys.argv[1], device=sys.argv[2], verify=False, max_batch=1).session() as session:\n"
+                "options = {'device': sys.argv[2], 'graph': sys.argv[3], 'verify': False, 'max_batch': 1}\n"
+                "with dm.Model.load(sys.argv[1], **options).session() as session:\n"
                 f"    session.feed(np.arange(3, 67, dtype=np.int32))\n    for _ in range({PROFILED}): session.feed([5])\n"
             )
             subprocess.run(
-                [sys.executable, "-c", code, str(bundle), device],
+                [sys.executable, "-c", code, str(bundle), device, graph],
                 env={**os.environ, "DELTAMEM_PROFILE": str(Path(folder) / "profile")},
                 check=True,
             )
@@ -320,6 +327,7 @@ def bench_profile(made: models.Made, device: str, table: Table) -> None:
             made.precision,
             name,
             f"{len(nodes) / runs:.0f}",
+            launching(bundle, graph).told(),
             where,
             f"{moved / runs:.1f}",
             f"{kernels / runs:.0f}" if kernels else "not told by this build",
@@ -377,10 +385,11 @@ def main() -> None:
         bench_history(made, plan, options.device, table)
         gc.collect()
     print(
-        "\n### A step\n\nNodes of one run by ONNX Runtime's profile, where they ran, those that copy between host and card, "
-        "kernel launches where the build tells them, and the operators that take most on the host's clock."
+        "\n### A step\n\nNodes of one run by ONNX Runtime's profile, those of the exported graph that launch kernels, where they ran, "
+        "those that copy between host and card, kernel launches where the build tells them, and the operators that take most on the "
+        "host's clock."
     )
-    table = Table("model", "precision", "graph", "nodes", "where", "copies", "launches", "most time")
+    table = Table("model", "precision", "graph", "nodes", "of the graph", "where", "copies", "launches", "most time")
     for made in all_made:
         bench_profile(made, options.device, table)
 

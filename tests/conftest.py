@@ -59,6 +59,34 @@ def parity_bundle(golden_case: Callable[[str], Path], tmp_path_factory: pytest.T
     return bundle
 
 
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The processor plays a card with kernels of its own from here on (tests/emulated.py); images go to a cache of the tests' own."""
+    import emulated
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(emulated.VARIABLE, str(emulated.library()))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("kernels")))
+        yield emulated.library()
+
+
+@pytest.fixture(scope="session")
+def device_bundle(
+    parity_bundle: Callable[..., Path], emulator: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`device_bundle(case)`: that case's bundle in fp32 with graphs for a card that the processor plays."""
+    import emulated
+
+    made: dict[str, Path] = {}
+
+    def bundle(case: str) -> Path:
+        if case not in made:
+            made[case] = emulated.for_a_card(parity_bundle(case), tmp_path_factory.mktemp("device") / case)
+        return made[case]
+
+    return bundle
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

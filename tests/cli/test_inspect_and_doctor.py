@@ -134,7 +134,7 @@ def test_the_doctor_says_what_is_here(deltamem):
     assert "CPUExecutionProvider" in found["providers"]
     assert found["threads"] >= 1
     shown = deltamem("doctor").out
-    for words in ("library", "providers", "CPU features", "models can run here"):
+    for words in ("library", "providers", "memory on a card", "CPU features", "models can run here"):
         assert words in shown
 
 

@@ -85,8 +85,8 @@ def test_a_graph_for_cuda_stands_beside_the_cpus_under_one_fingerprint(two_graph
     assert (first["device"], found["precision"], cuda["device"], cuda["precision"]) == ("cpu", "fp32", "cuda", form)
     tolerance, kv = FORMS[form]
     assert (cuda["kv_dtype"], cuda["logits_dtype"], cuda["shared_kv"]) == (kv, "float32", form != "fp32")
-    assert cuda["fused_file"] is None
-    assert "CUDA" in cuda["not_fused"]
+    assert (cuda["fused_file"], cuda["not_fused"]) == ("model.cuda.fused.onnx", None)
+    assert cuda["blocks_file"] is None
     assert cuda["check"]["max_abs_diff"] <= tolerance
     assert "CUDA's operators" in cuda["not_checked"]
     assert {*first["files"], *cuda["files"]} == set(found["files"])
@@ -141,6 +141,7 @@ def test_verify_by_cuda_agrees_with_transformers(two_graphs, golden_case, form: 
         two_graphs(form, name), golden_case(name) / "backbone", golden_case(name) / "adapter", device="cuda"
     )
     assert (report.run_by, report.good) == ("cuda", True), str(report)
+    assert report.fused is not None, "the runtime ran the fused graph beside the portable one"
     if form == "fp16":
         assert report.logits is not None
         assert report.logits.max <= 2e-2
@@ -161,6 +162,7 @@ def test_a_graph_is_added_to_a_bundle_that_is_in_use(case: Path, tmp_path: Path,
         ("cpu", "int4/32/4"),
         ("cuda", "fp16"),
     ]
+    assert found["graphs"][0]["fused_file"] == "model.cuda.fused.onnx"
     assert {name: found["files"][name] for name in before["files"]} == before["files"]
     for got, expected in zip(talk(bundle), want, strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -235,6 +237,183 @@ def test_a_graph_of_something_else_is_refused_and_the_bundle_stays(
         add_graph(bundle, case / "backbone", other, Precision("fp16", device="cuda"), say=lambda _: None)
     assert (bundle / manifest.MANIFEST_FILE).read_bytes() == before
     assert not list(tmp_path.glob(".bundle*")), "nothing is left behind"
+
+
+# ---------------------------------------------------------------------- the fused graph
+
+TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "int8": "FLOAT16", "int4": "FLOAT16"}
+# Nodes that a layer has more than the backbone alone, in the fused graph. Where Split takes a packed projection apart, the node stands in
+# its place. Δo goes into the residual, unless a norm stands between, before which it has to be added.
+EXTRA = {
+    "qwen3_tsw_qo": 0,
+    "llama_tsw_qo": 1,
+    "smollm3_tsw_qo": 1,
+    "phi3_tsw_qkvo": 1,
+    "gemma2_tsw_qo": 2,
+    "mistral_window_tsw_qo": 1,
+}
+# And for all layers together: Concat of the memories, Reshape and Gather of the wanted rows; the cast of their logits to float32, which the
+# builder has in bf16.
+EXTRA_IN_ALL = {"fp32": 3, "fp16": 4, "bf16": 3, "int4": 4}
+
+
+def fused_graph(bundle: Path) -> tuple[ir.Graph, list[ir.Node]]:
+    entry = manifest.graph_on(manifest.read(bundle), "cuda")
+    graph = ir.load(bundle / entry["fused_file"]).graph
+    return graph, [node for node in graph if node.domain == "deltamem"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_fused_node_takes_the_decoders_tensors_in_their_own_type(two_graphs, form: str) -> None:
+    bundle = two_graphs(form)
+    graph, nodes = fused_graph(bundle)
+    assert [node.op_type for node in nodes] == ["DeviceMemoryLayer"] * 3
+    for node in nodes:
+        given = {n: value.dtype.name for n, value in enumerate(node.inputs) if value is not None}
+        made = {n: value.dtype.name for n, value in enumerate(node.outputs) if value.name}
+        own = dict.fromkeys(range(1, 6), "FLOAT")
+        assert given == {**own, **dict.fromkeys((0, 6, 9), TYPES[form])}
+        assert made == {0: "FLOAT", 5: "FLOAT", **dict.fromkeys((1, 2, 3, 4), TYPES[form])}
+        assert not {"storage", "spans", "q_epsilon", "k_epsilon"} & set(node.attributes)
+        assert not node.outputs[5].uses(), "room to work in, which ONNX Runtime plans"
+    assert check_island(bundle / "model.cuda.fused.onnx").nodes["DeviceMemoryLayer"] == 3
+    assert not {node.op_type for node in graph} & {"If", "Loop", "Scan"}, "no step could be captured"
+    casts = [node for node in graph if node.op_type == "Cast" and node.name.startswith("/deltamem/layers")]
+    assert not casts, "no cast stands around it"
+    data = {v.const_value.path for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)}
+    assert {Path(path).name for path in data} <= {"model.onnx.data", "model.cuda.onnx.data"}, (
+        "no weight is on disk twice"
+    )
+
+
+@pytest.mark.parametrize("form", EXTRA_IN_ALL)
+@pytest.mark.parametrize("name", EXTRA)
+def test_the_fused_graph_has_so_many_nodes_more_than_the_backbone(golden_case, tmp_path, name: str, form: str) -> None:
+    source, precision = golden_case(name), Precision(form, device="cuda")
+    bundle = export_bundle(
+        source / "backbone", source / "adapter", tmp_path / "bundle", precision, check=False, say=lambda _: None
+    )
+    built = build(Backbone.load(source / "backbone"), tmp_path / "bare", precision)
+    if form == "fp32":
+        spell_out(built, built)
+
+    def count(graph: ir.Graph) -> int:
+        return sum(node.op_type != "Constant" for node in graph)
+
+    bare = count(ir.load(built).graph)
+    layers = len(manifest.read(bundle)["memory"]["layers"])
+    fused, portable = (count(graph) - bare for graph in (fused_graph(bundle)[0], ir.load(bundle / "model.onnx").graph))
+    assert fused == layers * EXTRA[name] + EXTRA_IN_ALL[form]
+    assert portable >= layers * 28
+
+
+@pytest.mark.parametrize(("layers", "joins"), [(32, [32]), (36, [2, 18, 18]), (37, [37])])
+def test_memories_of_many_layers_are_joined_in_groups_that_a_capture_can_have(
+    make_backbone, make_adapter, tmp_path, layers: int, joins: list[int]
+) -> None:
+    backbone = make_backbone("qwen3", num_hidden_layers=layers)
+    precision = Precision("fp16", device="cuda")
+    bundle = export_bundle(
+        backbone, make_adapter(backbone, rank=2), tmp_path / "bundle", precision, check=False, say=lambda _: None
+    )
+    graph, _ = fused_graph(bundle)
+    found = [node for node in graph if node.op_type == "Concat"]
+    assert sorted(len(node.inputs) for node in found) == joins
+    last = next(value for value in graph.outputs if value.name == "present_memory").producer()
+    order: list[str] = []
+    for value in last.inputs:
+        producer = value.producer()
+        order += [v.name for v in (producer.inputs if producer.op_type == "Concat" else [value])]
+    assert order == [f"/deltamem/layers.{i}/DeviceMemoryLayer/0" for i in range(layers)]
+
+
+def test_every_familys_graph_in_16_bits_is_fused(every_family, make_backbone, make_adapter, tmp_path) -> None:
+    """With all of q, k, v and o corrected; that it computes the same is held in float32 by test_families.py."""
+    backbone = make_backbone(every_family)
+    adapter = make_adapter(backbone, delta_heads=("q", "k", "v", "o"))
+    precision = Precision("bf16", device="cuda")
+    bundle = export_bundle(backbone, adapter, tmp_path / "bundle", precision, check=False, say=lambda _: None)
+    found = manifest.read(bundle)
+    assert found["graph"]["not_fused"] is None
+    graph, nodes = fused_graph(bundle)
+    assert len(nodes) == len(found["memory"]["layers"])
+    left = {node.op_type for node in graph if node.name.startswith("/deltamem/layers")}
+    assert left <= {"DeviceMemoryLayer", "Add"}
+    for node in nodes:
+        laid = node.attributes["corrections"].as_ints()
+        assert sum(laid[2::4]) == node.inputs[5].shape[1], "every column of the corrections is laid somewhere"
+
+
+def test_spans_and_large_ranks_are_not_fused_and_the_manifest_says_why(case: Path, make_adapter, tmp_path) -> None:
+    for options, words in (
+        ({"memory_write_granularity": "sentence_mean"}, "writes by spans"),
+        ({"rank": 72}, "its rank is 72, and the fused operator for CUDA has up to 64"),
+        (
+            {"rank": 32, "num_state_heads": 33},
+            "its heads times rank are 1056, and the fused operator for CUDA has up to 1024",
+        ),
+    ):
+        out = tmp_path / str(len(words))
+        adapter = make_adapter(case / "backbone", **options)
+        both = [Precision("fp16", device="cuda"), "fp32"]
+        export_bundle(case / "backbone", adapter, out, both, check=False, say=lambda _: None)
+        cpu, cuda = manifest.graphs(manifest.read(out))
+        assert (cpu["not_fused"], cuda["fused_file"]) == (None, None)
+        assert words in cuda["not_fused"]
+        assert not list(out.glob("*cuda.fused*"))
+
+
+def test_a_bundle_of_an_older_exporter_is_given_a_fused_graph_for_each_device(two_graphs, tmp_path, capsys) -> None:
+    bundle = two_graphs("fp16")
+    old = shutil.copytree(bundle, tmp_path / "old")
+    found = manifest.read(old)
+    for entry in (found["graph"], found["graphs"][0]):
+        (old / entry["fused_file"]).unlink()
+        del found["files"][entry["fused_file"]]
+        entry["files"].remove(entry["fused_file"])
+        entry |= {"fused_file": None, "not_fused": "it is for CUDA, and the fused operator runs on the processor"}
+    manifest.write(old, found)
+    assert dm.Model.load(old, device="cpu").graph == "portable"
+    assert main(["fuse", str(old)]) == 0
+    capsys.readouterr()
+    now, want = manifest.read(old), manifest.read(bundle)
+    for key in ("fingerprint", "graph", "graphs", "files"):
+        assert now[key] == want[key]
+    assert main(["fuse", str(old)]) == 0, "a second time"
+    assert manifest.read(old)["files"] == want["files"]
+
+
+def test_a_graph_in_16_bits_for_both_devices_has_the_fused_one_of_its_own(case: Path, tmp_path, capsys) -> None:
+    """The CPU's operator computes in float32 alone, and CUDA's does not run on the CPU."""
+    both = export(case, tmp_path / "both", "fp16", Precision("fp16", device="cuda"))
+    cpu, cuda = manifest.graphs(manifest.read(both))
+    assert (cpu["file"], cpu["fused_file"], cuda["fused_file"]) == (cuda["file"], None, "model.cuda.fused.onnx")
+    assert "16 bits" in cpu["not_fused"]
+    assert main(["fuse", str(both)]) == 0
+    assert "no fused graph for cpu: the backbone computes in 16 bits" in capsys.readouterr().err
+    assert [graph["fused_file"] for graph in manifest.graphs(manifest.read(both))] == [None, "model.cuda.fused.onnx"]
+
+    alone = export(case, tmp_path / "alone", Precision("fp16", device="cuda"))
+    assert manifest.read(alone)["graph"]["fused_file"] == "model.fused.onnx"
+    model = dm.Model.load(alone, device="cpu")
+    assert model.graph == "portable"
+    assert model.unfused == "the bundle's graph was exported for cuda, and runs on cpu as well; its fused one does not"
+    with pytest.raises(dm.BundleError, match=r"exported for cuda.*leave graph out"):
+        dm.Model.load(alone, device="cpu", graph="fused")
+    assert talk(alone)[1].any()
+
+
+@pytest.mark.parametrize("fault", ["weights", "memory", "mixed"])
+def test_a_fused_node_of_the_wrong_types_is_found(two_graphs, tmp_path: Path, fault: str) -> None:
+    model = ir.load(two_graphs("fp16") / "model.cuda.fused.onnx")
+    node = next(node for node in model.graph if node.domain == "deltamem")
+    at, kind = {"weights": (3, "FLOAT16"), "memory": (2, "FLOAT16"), "mixed": (6, "FLOAT")}[fault]
+    value = ir.Value(name="spoilt", shape=node.inputs[at].shape, type=ir.TensorType(ir.DataType[kind]))
+    model.graph.inputs.append(value)
+    node.replace_input_with(at, value)
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="expected one type" if fault == "mixed" else f"input {at} is FLOAT16"):
+        check_island(tmp_path / "model.onnx")
 
 
 # ---------------------------------------------------------------------- weights on disk

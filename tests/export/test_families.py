@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltamem_rt as dm
+import emulated
 from agreement import assert_close
 from deltamem_export.adapter import AdapterConfig
 from deltamem_export.backbone import Backbone, digest_tensors
@@ -57,7 +58,7 @@ class Measured:
 
 
 @pytest.fixture(scope="session")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Measured]:
+def measured(emulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Measured]:
     """`measured("gemma2")`: its row, measured when first asked for."""
 
     @cache
@@ -108,6 +109,8 @@ def parity(source: Path, folder: Path) -> tuple[float, float]:
     handle.reset(1)
     grafted = Grafted(bundle, measured=True)
     engines = {graph: dm.Model.load(bundle, threads=1, graph=graph) for graph in ("fused", "portable")}
+    card = emulated.for_a_card(bundle, folder / "card")
+    engines["fused for a card"] = dm.Model.load(card, threads=1, device=emulated.ON_DEVICE, graph="fused")
     sessions = {graph: engine.session() for graph, engine in engines.items()}
     ids = np.random.default_rng(1).integers(3, grafted.manifest["backbone"]["vocab_size"], TOKENS)
     logits, states, moved = 0.0, 0.0, 0.0

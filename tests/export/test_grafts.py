@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltamem_rt as dm
+import emulated
 from agreement import assert_close
 from deltamem_export.adapter import Adapter
 from deltamem_export.bundle import export_bundle
@@ -68,7 +69,9 @@ def soften(adapter: Adapter) -> Adapter:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bundle_computes_what_the_reference_computes(variant, make_backbone, make_adapter, tmp_path) -> None:
+def test_a_bundle_computes_what_the_reference_computes(
+    variant, make_backbone, make_adapter, emulator, tmp_path
+) -> None:
     family, more, settings = VARIANTS[variant]
     backbone = make_backbone(family, **more)
     adapter = make_adapter(backbone, **settings)
@@ -98,15 +101,17 @@ def test_a_bundle_computes_what_the_reference_computes(variant, make_backbone, m
     assert moved > 1e-3, "no correction did anything, so nothing was compared"
 
     # The engine, with each sequence in a session of its own.
-    for graph, (row, wanted) in product(("fused", "portable"), enumerate(grafted.memory)):
-        with dm.Model.load(bundle, graph=graph).session() as session:
+    card = emulated.for_a_card(bundle, tmp_path / "card")
+    places = ((bundle, "cpu", "fused"), (bundle, "cpu", "portable"), (card, emulated.ON_DEVICE, "fused"))
+    for (path, device, graph), (row, wanted) in product(places, enumerate(grafted.memory)):
+        with dm.Model.load(path, device=device, graph=graph).session() as session:
             session.feed(ids[row, :17])
             session.feed(ids[row, 17:18])
             session.end_turn()
             logits = session.feed(ids[row, 18:], write=False, logits=True)
-            assert_close(f"the engine's logits, {graph}", logits, out.logits[row].numpy(), LOGITS)
+            assert_close(f"the engine's logits, {graph} on {device}", logits, out.logits[row].numpy(), LOGITS)
             limit = STATES * max(1.0, float(np.abs(wanted).max()))
-            assert_close(f"the engine's states, {graph}", session.memory, wanted, limit)
+            assert_close(f"the engine's states, {graph} on {device}", session.memory, wanted, limit)
 
 
 SPAN_RULES = {

@@ -49,7 +49,7 @@ def test_every_bench_runs(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"turn-cost.svg", "sessions.svg"}
 
 
-def test_the_bench_of_a_card_runs_with_the_processor_in_its_place_and_says_when_there_is_no_card():
+def test_the_bench_of_a_card_runs_with_the_processor_in_its_place_and_says_when_there_is_no_card(emulator):
     def bench(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "benches" / "bench_cuda.py"), "--quick", *options]
         return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -60,6 +60,13 @@ def test_the_bench_of_a_card_runs_with_the_processor_in_its_place_and_says_when_
     assert len(tables) == 6
     assert all(len({row.count("|") for row in table.splitlines()}) == 1 and table.count("\n") > 2 for table in tables)
     assert "over its context" in tables[4]
+    for row in ("engine, memory, fused graph", "engine, portable graph"):
+        assert row in tables[0]
+    # Nodes that launch kernels: the fused graph has the backbone's, and the memories' Concat.
+    graphs = {row.split(" | ")[2]: int(row.split(" | ")[4].split()[0]) for row in tables[5].splitlines()[2:]}
+    assert list(graphs) == ["fused", "portable", "backbone alone"]
+    assert graphs["fused"] == graphs["backbone alone"] + 1
+    assert graphs["portable"] > graphs["fused"] + 2 * 25
     hidden = bench()
     if hidden.returncode != 0:
         assert (hidden.returncode, hidden.stdout) == (77, "")

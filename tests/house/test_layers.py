@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOWNWARD = ["deltamem-py", "deltamem-engine", "deltamem-store", "deltamem-kernel", "deltamem-core"]
+DOWNWARD = ["deltamem-py", "deltamem-engine", "deltamem-store", "deltamem-cuda", "deltamem-kernel", "deltamem-core"]
 NEVER = {
     "torch",
     "transformers",
@@ -43,6 +43,7 @@ def test_arrows_between_crates_go_down():
     [
         ("deltamem-core", {"ort", "pyo3", "numpy", "tokenizers", "redb", "redis"}),
         ("deltamem-kernel", {"ort", "pyo3", "numpy", "tokenizers", "serde_json"}),
+        ("deltamem-cuda", {"ort", "pyo3", "numpy", "tokenizers", "serde_json", "deltamem-kernel"}),
         ("deltamem-store", {"ort", "pyo3", "numpy", "tokenizers"}),
         ("deltamem-engine", {"pyo3", "numpy"}),
         ("deltamem-py", {"ort", "tokenizers", "safetensors"}),

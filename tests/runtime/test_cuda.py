@@ -75,10 +75,16 @@ def golden(case: str, golden_case: Callable[[str], Path]) -> dict[str, np.ndarra
         return dict(arrays)
 
 
+@pytest.fixture(params=("fused", "portable"), scope="module")
+def graph(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def model(gpu: None, case: str, precision: str, bundle_of: Callable[..., Path]) -> dm.Model:
-    model = dm.Model.load(bundle_of(case, precision), device="cuda")
+def model(gpu: None, case: str, precision: str, graph: str, bundle_of: Callable[..., Path]) -> dm.Model:
+    model = dm.Model.load(bundle_of(case, precision), device="cuda", graph=graph)
     assert model.manifest["precision"] == precision, "the graph for CUDA runs"
+    assert model.graph == graph
     return model
 
 
@@ -227,6 +233,29 @@ def test_a_snapshot_goes_to_the_cpu_and_back(model: dm.Model, cpu_model: dm.Mode
         # The CPU's graph is in fp32 in both bundles: in fp16 the weights differ by their rounding too.
         close = {"fp32": LOGITS["fp32"], "fp16": 5e-2}[precision]
         assert_close("CUDA and the CPU", logits[2], logits[0], close)
+
+
+def test_the_fused_graph_is_taken_by_itself_and_computes_what_the_portable_one_does(
+    gpu: None, case: str, precision: str, bundle_of: Callable[..., Path]
+) -> None:
+    """A step of one token, a prompt, several chunks; captured and not."""
+    bundle = bundle_of(case, precision)
+    auto = dm.Model.load(bundle, device="cuda")
+    assert (auto.graph, auto.unfused) == ("fused", None)
+    models = [auto, dm.Model.load(bundle, device="cuda", graph="portable")]
+    if precision != "fp32":  # past and present lie apart there, which no capture can have
+        models.append(dm.Model.load(bundle, device="cuda", cuda_graphs=True))
+        assert models[-1].graph == "fused"
+    found = []
+    for model in models:
+        with model.session() as session:
+            logits = [session.feed(part, logits=True) for part in np.split(stream(300, 11), [130, 200, 201, 202])]
+            logits += [session.feed([int(token)], logits=True) for token in stream(20, 12)]
+            found.append((np.concatenate(logits), session.memory.copy()))
+    for logits, states in found[1:]:
+        assert_close("logits", logits, found[0][0], LOGITS[precision])
+        assert_close("states", states, found[0][1], STATES[precision])
+    assert_same_ids("the graphs", found[1][0], found[0][0], SAME_IDS[precision])
 
 
 def test_a_memory_made_on_the_cpu_is_read_on_cuda(

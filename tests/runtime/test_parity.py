@@ -12,6 +12,7 @@ import pytest
 
 import deltamem_rt as dm
 from agreement import assert_close
+from emulated import ON_DEVICE
 
 LOGITS, STATES = 1e-4, 1e-5
 CASES = ("qwen3_tsw_qo", "smollm3_tsw_qo", "phi3_tsw_qkvo", "gemma2_tsw_qo", "mistral_window_tsw_qo")
@@ -28,10 +29,14 @@ def golden(case: str, golden_case) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@pytest.fixture(params=("fused", "portable"), scope="module")
+@pytest.fixture(params=("fused", "portable", "fused for a card"), scope="module")
 def model(request: pytest.FixtureRequest, case: str, parity_bundle) -> dm.Model:
-    model = dm.Model.load(parity_bundle(case), device="cpu", graph=request.param)
-    assert model.graph == request.param
+    if request.param == "fused for a card":  # which the processor plays
+        bundle, device = request.getfixturevalue("device_bundle")(case), ON_DEVICE
+    else:
+        bundle, device = parity_bundle(case), "cpu"
+    model = dm.Model.load(bundle, device=device, graph=request.param.split()[0])
+    assert model.graph == request.param.split()[0]
     return model
 
 

@@ -40,13 +40,6 @@ from deltamem_export.sizes import Needs, estimate, refuse_too_large
 from deltamem_export.structure import FindAttentions, find_attentions
 from deltamem_export.text import Text, copy_text, text_digest
 
-# What the manifest says of the graphs with the runtime's own operators where there are none.
-_NO_OWN_OPERATORS: dict[str, Any] = {
-    "fused_file": None,
-    "not_fused": "it is for CUDA, and the fused operator runs on the processor",
-    "blocks_file": None,
-}
-
 Say = Callable[[str], None]
 # Writes further files into the bundle's directory before it is sealed, and returns their names.
 ExtraFiles = Callable[[Path], list[str]]
@@ -120,7 +113,7 @@ def export_bundle(
         }
         graph = made.section
         known = {"memory": memory_section, "graph": graph, "precision": first.name}
-        graph |= _NO_OWN_OPERATORS if first.device == "cuda" else further_graphs(bundle, known, "model")
+        graph |= further_graphs(bundle, known, "model")
         if graph["not_fused"]:
             say(f"no fused graph: {graph['not_fused']}")
         graph["files"] = sorted([*graph["files"], *own_files(graph)])
@@ -302,9 +295,11 @@ def add_to(
             - (set() if (bundle / f"{stem}.onnx.data").exists() else {f"{stem}.onnx.data"})
         )
         say(f"{shared.bytes} bytes of its weights are those of another graph, {shared.own} are its own")
-        known = {"memory": found["memory"], "graph": entry, "precision": precision.name}
-        entry |= further_graphs(bundle, known, stem) if precision.device == "cpu" else _NO_OWN_OPERATORS
-        entry["files"] = sorted([*entry["files"], *own_files(entry)])
+    known = {"memory": found["memory"], "graph": entry, "precision": precision.name}
+    entry |= further_graphs(bundle, known, stem)
+    if entry["not_fused"]:
+        say(f"no fused graph for {precision.device}: {entry['not_fused']}")
+    entry["files"] = sorted([*entry["files"], *own_files(entry)])
     own = {"precision": precision.name, "precision_setting": precision.setting, "check": checked}
     if precision.device == "cpu":
         found |= {"graphs": manifest.graphs(found), "graph": entry} | own

@@ -353,9 +353,12 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _fuse(args: argparse.Namespace) -> None:
     from deltamem_export.fused import add_fused
 
-    reason = add_fused(args.bundle)
-    if reason is not None:
-        raise ExportError(f"{args.bundle}: has no fused graph: {reason}; it runs the portable one")
+    reasons = add_fused(args.bundle)
+    missing = [f"for {device}: {reason}" for device, reason in reasons.items() if reason is not None]
+    if len(missing) == len(reasons):
+        raise ExportError(f"{args.bundle}: has no fused graph {', '.join(missing)}; it runs the portable one")
+    for line in missing:
+        print(f"no fused graph {line}", file=sys.stderr)
     print(f"fused {args.bundle}")
 
 

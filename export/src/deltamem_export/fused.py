@@ -1,6 +1,7 @@
-"""The fused graph of a bundle: its portable graph with the thirty nodes of each memory layer taken out and one node `deltamem:MemoryLayer`
-put in, over the same file of weights. The runtime has the operator (`rust/deltamem-engine/src/operator.rs`), for the CPU; nobody else can
-run it, so the portable graph stays. It knows the graft's names and the decoders' attention; it computes nothing.
+"""The fused graph of a bundle: its portable graph with the thirty nodes of each memory layer taken out and one node put in, over the same
+file of weights: `deltamem:MemoryLayer` for the CPU, `deltamem:DeviceMemoryLayer` for CUDA. The runtime has both
+(`rust/deltamem-engine/src/operator.rs`, `operator/device_layer.rs`); nobody else can run them, so the portable graph stays. It knows the
+graft's names and the decoders' attention; it computes nothing.
 
 Where the node stands follows from the graph. Behind a packed projection whose parts are split, it takes the place of the `Split`, and of
 the norms of q and k where they follow at once; elsewhere it corrects each projection in its place. Δo goes into the residual where the
@@ -18,6 +19,12 @@ manifest; `storage`, how its weights are kept in memory; `outputs` (those of 1 t
 numbers for each: its output, its first column in the constant, its columns, where in the output's rows it is laid; `residual`, whether
 output 4 is one; `splits`, the widths of the three parts of a packed projection that is split; `q_epsilon`, `k_epsilon`,
 `delta_o_epsilon` of the norms; `spans`.
+
+On CUDA the node takes the decoder's tensors (0, 6 to 9, outputs 1 to 4) in their own type, float32, float16 or bfloat16, so that no cast
+stands around it; the memory, the masks and all of its own weights stay float32. It has no `storage`, no norms of q and k (the decoder's own
+stay, 11 and 12 are not there), no spans (nor 13 to 15), ranks up to
+64 and heads times rank up to 1,024, and as output 5 room for its kernels to work in, [n] float32, whose
+size it knows from the call's: a value of the graph, so that ONNX Runtime plans it and no step allocates.
 
 A bundle in int4 or int8 has a third graph, with `deltamem:MatMulNBits` in the place of `com.microsoft:MatMulNBits` besides: the same inputs
 and attributes, for products at accuracy level 4 without zero points, in blocks of 32 to 256 weights. It rounds as ONNX Runtime's own does,
@@ -37,15 +44,22 @@ import onnx_ir as ir
 from deltamem_export import manifest
 from deltamem_export.errors import ExportError
 from deltamem_export.graft import Placed, read_placed
+from deltamem_export.inventory import check_island
 from deltamem_export.nodes import Nodes, name_of
 
-DOMAIN, OPERATOR, VERSION = "deltamem", "MemoryLayer", 1
+DOMAIN, VERSION = "deltamem", 1
+OPERATORS = {"cpu": "MemoryLayer", "cuda": "DeviceMemoryLayer"}
+# What the kernels have (rust/deltamem-cuda): a row of the state in one thread's registers, what a token reads in a block's own memory.
+MOST_RANK_ON_CUDA, MOST_READS_ON_CUDA = 64, 1024
 
 _FLOAT = ir.DataType.FLOAT
+_ON_CUDA = frozenset({_FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _Q, _RESIDUAL, _DELTA_O_NORM, _Q_NORM, _SPAN_WEIGHTS = 6, 9, 10, 11, 13
-_OUTPUT_O, _PRESENT_SPANS = 4, 5
+_OUTPUT_O, _PRESENT_SPANS, _WORK = 4, 5, 5
 _INPUTS, _OUTPUTS = 16, 6
 _FILES = ("fused_file", "blocks_file")
+# Inputs that CUDA's Concat takes by value (onnxruntime/core/providers/cuda/tensor/concat.cc).
+_MOST_JOINED = 32
 _SUMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "Add"})
 # Weights in blocks are read from memory at 4 or 8 bits a number; those of the memory would be a burden in 32.
 _HALF = frozenset({"int4", "int8"})
@@ -60,7 +74,8 @@ def fuse(bundle: Path, found: Mapping[str, Any], target: Path) -> str | None:
 
     Args:
         bundle: its directory; graph, measured graph and weights are there.
-        found: its manifest, of which the sections `memory` and `graph` and `precision` are read.
+        found: its manifest, of which the sections `memory` and `graph` and `precision` are read; the operator is that for the graph's
+            `device`.
         target: where the graph goes; beside the file of weights.
 
     Returns:
@@ -72,21 +87,25 @@ def fuse(bundle: Path, found: Mapping[str, Any], target: Path) -> str | None:
         if files["measured_file"] is None:
             raise _Unfused("the bundle has no measured graph, which knows where each correction lies")
         placed = read_placed(bundle, found)
-        storage = "float16" if found["precision"] in _HALF else "float32"
+        kind = _DeviceLayer if files.get("device") == "cuda" else _HostLayer
         layers = [
-            _Layer(model.graph, number, i, memory, storage, placed[number]) for number, i in enumerate(memory["layers"])
+            kind(model.graph, number, i, memory, found["precision"], placed[number])
+            for number, i in enumerate(memory["layers"])
         ]
     except _Unfused as reason:
         return str(reason)
     for layer in layers:
         layer.place()
-    _join(model.graph, "present_memory", [layer.outputs[0] for layer in layers], axis=1)
+    states = [layer.outputs[0] for layer in layers]
+    _join(model.graph, "present_memory", _in_groups(model.graph, states) if kind is _DeviceLayer else states, axis=1)
     if files.get("span_width") is not None:
         _join(model.graph, "present_spans", [layer.outputs[_PRESENT_SPANS] for layer in layers], axis=2)
     model.graph.opset_imports[DOMAIN] = VERSION
     model.graph.sort()
     remove_unused(model.graph)
     ir.save(model, target)
+    if kind is _DeviceLayer:
+        check_island(target)
     return None
 
 
@@ -133,7 +152,7 @@ def further_graphs(bundle: Path, found: Mapping[str, Any], stem: str) -> dict[st
 
     Args:
         bundle: its directory.
-        found: as for `fuse`; the graph is for the CPU.
+        found: as for `fuse`.
         stem: what the files' names begin with.
 
     Returns:
@@ -142,16 +161,16 @@ def further_graphs(bundle: Path, found: Mapping[str, Any], stem: str) -> dict[st
     fused, blocks = f"{stem}.fused.onnx", f"{stem}.blocks.onnx"
     reason = fuse(bundle, found, bundle / fused)
     source = found["graph"]["file"] if reason else fused
-    own = with_own_products(bundle / source, bundle / blocks)
+    own = found["graph"].get("device") != "cuda" and with_own_products(bundle / source, bundle / blocks)
     return {"fused_file": None if reason else fused, "not_fused": reason, "blocks_file": blocks if own else None}
 
 
-def add_fused(bundle: str | os.PathLike[str]) -> str | None:
-    """Gives an exported bundle the graphs with the runtime's own operators, or makes them anew. Its weights, its fingerprint and its
-    memories stay. It is replaced whole or not at all.
+def add_fused(bundle: str | os.PathLike[str]) -> dict[str, str | None]:
+    """Gives each graph of an exported bundle those with the runtime's own operators, or makes them anew. Its weights, its fingerprint and
+    its memories stay. It is replaced whole or not at all.
 
     Returns:
-        None, or why it has no fused graph now; its manifest says so too.
+        For each device that the bundle has a graph for: None, or why that graph has no fused one now; its manifest says so too.
 
     Raises:
         FileNotFoundError: there is no bundle.
@@ -160,18 +179,25 @@ def add_fused(bundle: str | os.PathLike[str]) -> str | None:
     from deltamem_export.bundle import remade
 
     with remade(bundle) as (new, found):
-        old = {name for key in _FILES if (name := found["graph"].get(key)) is not None}
+        entries = [found["graph"], *found.get("graphs", [])]
+        old = {name for entry in entries for name in own_files(entry)}
         for name in old:
             (new / name).unlink()
             del found["files"][name]
-        made = further_graphs(new, found, Path(found["graph"]["file"]).stem)
-        found["graph"] |= made
-        files = own_files(made)
-        found["files"] = dict(sorted({**found["files"], **{n: manifest.file_entry(new / n) for n in files}}.items()))
-        # Older manifests do not say which files a graph needs.
-        if "files" in found["graph"]:
-            found["graph"]["files"] = sorted({*found["graph"]["files"], *files} - (old - set(files)))
-    return made["not_fused"]
+        reasons: dict[str, str | None] = {}
+        for number, (entry, whole) in enumerate(zip(entries, manifest.graphs(found), strict=True)):
+            known = {"memory": found["memory"], "graph": whole, "precision": whole["precision"]}
+            # A graph in fp16 may be that of both devices.
+            stem = f"model.{whole['device']}" if number else Path(entry["file"]).stem
+            entry |= further_graphs(new, known, stem)
+            made = own_files(entry)
+            found["files"] |= {name: manifest.file_entry(new / name) for name in made}
+            # Older manifests do not say which files a graph needs.
+            if "files" in entry:
+                entry["files"] = sorted({*entry["files"], *made} - (old - set(made)))
+            reasons[whole["device"]] = entry["not_fused"]
+        found["files"] = dict(sorted(found["files"].items()))
+    return reasons
 
 
 def own_files(graph: Mapping[str, Any]) -> list[str]:
@@ -192,7 +218,11 @@ class _Target:
 
 
 class _Layer:
-    """One memory layer as it lies in the portable graph. Making one reads, `place` changes the graph."""
+    """One memory layer as it lies in the portable graph. Making one reads, `place` changes the graph. What the operators of the two devices
+    differ in stands in the two classes below."""
+
+    operator: str
+    extra_output: int | None = None  # an output of the node that no reader of the portable graph's takes
 
     def __init__(
         self,
@@ -200,22 +230,17 @@ class _Layer:
         number: int,
         i: int,
         memory: Mapping[str, Any],
-        storage: str,
+        precision: str,
         placed: Mapping[str, Placed],
     ) -> None:
-        """number: its place on the memory's layer axis; i: its number in the decoder."""
+        """number: its place on the memory's layer axis; i: its number in the decoder; precision: the graph's."""
         self.graph = graph
         self.prefix = f"/deltamem/layers.{i}"
         self.named = {node.name: node for node in graph if node.name and node.name.startswith(f"{self.prefix}/")}
         networks, corrections = self._node("networks/MatMul"), self._node("corrections/MatMul")
         self.inputs: list[ir.Value | None] = [None] * _INPUTS
-        self.inputs[0] = networks.inputs[0]
-        if (
-            self.inputs[0] is None
-            or (self.inputs[0].dtype or _FLOAT) != _FLOAT
-            or f"{self.prefix}/hidden" in self.named
-        ):
-            raise _Unfused("the backbone computes in 16 bits, the fused operator in float32")
+        self.inputs[0] = self._hidden(networks)
+        self.dtype = self.inputs[0].dtype or _FLOAT  # the decoder's
         ends = {name_of(value): value for value in graph.inputs}
         self.inputs[1:3] = ends["write_mask"], ends["past_memory"]
         self.inputs[3], self.inputs[5] = networks.inputs[1], corrections.inputs[1]
@@ -229,22 +254,28 @@ class _Layer:
             "gates": memory["gates"],
             "own_lambda": int(standard),
             "normalize_qk": int(memory["normalize_qk"]),
-            "storage": storage,
             "residual": 0,
-            "spans": 0,
         }
         shape = ["batch_size", 1, memory["heads"], memory["rank"], memory["rank"]]
         self.outputs: list[ir.Value] = [self._value(n, shape) for n in range(_OUTPUTS)]
-        if "span_weights" in ends:
-            self.attributes["spans"] = 1
-            self.inputs[_SPAN_WEIGHTS:] = ends["span_weights"], ends["span_mask"], ends["past_spans"]
-            width = ends["past_spans"].shape
-            assert width is not None
-            self.outputs[_PRESENT_SPANS].shape = ir.Shape(["batch_size", "spans", 1, width[3]])
+        self._set_up(memory, precision, ends)
         self.targets = self._projections(placed)
         self.bypass: tuple[ir.Node, int, ir.Value] | None = None
         if "o" in placed:
             self.targets.append(self._output(placed["o"]))
+
+    def _hidden(self, networks: ir.Node) -> ir.Value:
+        """The attention's input, which the networks are multiplied with."""
+        raise NotImplementedError
+
+    def _set_up(self, memory: Mapping[str, Any], precision: str, ends: Mapping[str, ir.Value]) -> None:
+        """What else the operator has. precision: the graph's; ends: the graph's inputs by name."""
+        raise NotImplementedError
+
+    def _norm(self, value: ir.Value, width: int) -> tuple[ir.Value, ir.Value, float] | None:
+        """An RMS norm of every head behind a projection, where the operator takes it in: what comes out of it in the projection's
+        shape, its weights, its epsilon."""
+        raise NotImplementedError
 
     def place(self) -> None:
         """Puts the node in and gives what it makes to whoever took what was there."""
@@ -255,16 +286,15 @@ class _Layer:
             "corrections": [n for target in self.targets for own in target.corrections for n in (target.output, *own)],
         }
         used = {0, *(target.output for target in self.targets)} | (
-            {_PRESENT_SPANS} if self.attributes["spans"] else set()
+            set() if self.extra_output is None else {self.extra_output}
         )
         outputs = [value if n in used else ir.Value(name="") for n, value in enumerate(self.outputs[: max(used) + 1])]
         inputs = self.inputs[: max(n for n, value in enumerate(self.inputs) if value is not None) + 1]
-        node = ir.node(
-            OPERATOR, inputs, attributes=attributes, domain=DOMAIN, outputs=outputs, name=f"{self.prefix}/{OPERATOR}"
-        )
+        name = f"{self.prefix}/{self.operator}"
+        node = ir.node(self.operator, inputs, attributes=attributes, domain=DOMAIN, outputs=outputs, name=name)
         for target in self.targets:
             new = outputs[target.output]
-            new.shape, new.type = target.made.shape, ir.TensorType(_FLOAT)
+            new.shape, new.type = target.made.shape, ir.TensorType(self.dtype)
             for use in target.readers:
                 use.node.replace_input_with(use.idx, new)
         if self.bypass is not None:
@@ -279,7 +309,7 @@ class _Layer:
         return node
 
     def _value(self, n: int, shape: Sequence[int | str]) -> ir.Value:
-        return ir.Value(name=f"{self.prefix}/{OPERATOR}/{n}", shape=ir.Shape(shape), type=ir.TensorType(_FLOAT))
+        return ir.Value(name=f"{self.prefix}/{self.operator}/{n}", shape=ir.Shape(shape), type=ir.TensorType(_FLOAT))
 
     def _group(self, own: Placed) -> tuple[ir.Node, int]:
         """The Add of a correction, and the first of its group's columns in the constant of all of them."""
@@ -296,9 +326,10 @@ class _Layer:
         )
         part = add.inputs[1] if add is not None else None
         made = part.producer() if part is not None else None
-        if made is not None and made.op_type == "SimplifiedLayerNormalization":
-            part = made.inputs[0]
-            made = part.producer() if part is not None else None
+        for between in ("Cast", "SimplifiedLayerNormalization"):
+            if made is not None and made.op_type == between:
+                part = made.inputs[0]
+                made = part.producer() if part is not None else None
         if add is None or made is None or made.op_type not in ("Split", "MatMul"):
             raise _Unfused(f"{self.prefix}: the correction of {own.projection} is not where the graft puts it")
         if made.op_type == "MatMul":
@@ -360,22 +391,6 @@ class _Layer:
             found.append(_target(n + 1, _width(part), made, corrections))
         return found
 
-    def _norm(self, value: ir.Value, width: int) -> tuple[ir.Value, ir.Value, float] | None:
-        """An RMS norm of every head behind a projection: what comes out of it in the projection's shape, its weights, its epsilon."""
-        apart = _only(value, "Reshape")
-        norm = _only(apart.outputs[0], "SimplifiedLayerNormalization") if apart is not None else None
-        together = _only(norm.outputs[0], "Reshape") if norm is not None else None
-        if norm is None or together is None or len([v for v in norm.outputs if v.uses()]) != 1:
-            return None
-        weights, axis = norm.inputs[1], norm.attributes.get("axis")
-        if weights is None or weights.const_value is None or weights.dtype != _FLOAT or (axis and axis.as_int() != -1):
-            return None
-        head = int(weights.const_value.size)
-        if width % head or _sizes(apart) != [0, -1, head] or _sizes(together) != [0, -1, width]:
-            return None
-        epsilon = norm.attributes.get("epsilon")
-        return together.outputs[0], weights, epsilon.as_float() if epsilon is not None else 1e-5
-
     def _output(self, own: Placed) -> _Target:
         """The target of Δo."""
         add, first = self._group(own)
@@ -394,7 +409,7 @@ class _Layer:
             if (
                 residual is not None
                 and residual is not corrected
-                and (residual.dtype or _FLOAT) == _FLOAT
+                and (residual.dtype or _FLOAT) == self.dtype
                 and str(residual.shape) == str(value.shape)
                 and not _depends(residual, {name_of(target.made) for target in self.targets})
             ):
@@ -405,6 +420,79 @@ class _Layer:
                 readers = [use for use in residual.uses() if use.node is reader and use.idx == 1 - at]
                 return _Target(_OUTPUT_O, own.width, residual, readers, corrections)
         return _target(_OUTPUT_O, own.width, part, corrections)
+
+
+class _HostLayer(_Layer):
+    """For the CPU: float32, norms of q and k and spans taken in."""
+
+    operator = OPERATORS["cpu"]
+
+    def _hidden(self, networks: ir.Node) -> ir.Value:
+        value = networks.inputs[0]
+        if value is None or (value.dtype or _FLOAT) != _FLOAT or f"{self.prefix}/hidden" in self.named:
+            raise _Unfused("the backbone computes in 16 bits, the fused operator in float32")
+        return value
+
+    def _set_up(self, memory: Mapping[str, Any], precision: str, ends: Mapping[str, ir.Value]) -> None:
+        self.attributes |= {"storage": "float16" if precision in _HALF else "float32", "spans": 0}
+        if "span_weights" in ends:
+            self.attributes["spans"] = 1
+            self.inputs[_SPAN_WEIGHTS:] = ends["span_weights"], ends["span_mask"], ends["past_spans"]
+            width = ends["past_spans"].shape
+            assert width is not None
+            self.extra_output = _PRESENT_SPANS
+            self.outputs[_PRESENT_SPANS].shape = ir.Shape(["batch_size", "spans", 1, width[3]])
+
+    def _norm(self, value: ir.Value, width: int) -> tuple[ir.Value, ir.Value, float] | None:
+        apart = _only(value, "Reshape")
+        norm = _only(apart.outputs[0], "SimplifiedLayerNormalization") if apart is not None else None
+        together = _only(norm.outputs[0], "Reshape") if norm is not None else None
+        if norm is None or together is None or len([v for v in norm.outputs if v.uses()]) != 1:
+            return None
+        weights, axis = norm.inputs[1], norm.attributes.get("axis")
+        if weights is None or weights.const_value is None or weights.dtype != _FLOAT or (axis and axis.as_int() != -1):
+            return None
+        head = int(weights.const_value.size)
+        if width % head or _sizes(apart) != [0, -1, head] or _sizes(together) != [0, -1, width]:
+            return None
+        epsilon = norm.attributes.get("epsilon")
+        return together.outputs[0], weights, epsilon.as_float() if epsilon is not None else 1e-5
+
+
+class _DeviceLayer(_Layer):
+    """For CUDA: the decoder's tensors as they are, the memory in float32."""
+
+    operator = OPERATORS["cuda"]
+    extra_output = _WORK
+
+    def _hidden(self, networks: ir.Node) -> ir.Value:
+        cast = self.named.get(f"{self.prefix}/hidden")
+        value = cast.inputs[0] if cast is not None else networks.inputs[0]
+        if value is None or (value.dtype or _FLOAT) not in _ON_CUDA:
+            raise _Unfused(f"{self.prefix}: the attention's input is {value.dtype if value else 'missing'}")
+        return value
+
+    def _set_up(self, memory: Mapping[str, Any], precision: str, ends: Mapping[str, ir.Value]) -> None:
+        if "span_weights" in ends:
+            raise _Unfused("it writes by spans, which the fused operator for CUDA does not")
+        reads = memory["heads"] * memory["rank"]
+        for what, found, most in (
+            ("rank is", memory["rank"], MOST_RANK_ON_CUDA),
+            ("heads times rank are", reads, MOST_READS_ON_CUDA),
+        ):
+            if found > most:
+                raise _Unfused(f"its {what} {found}, and the fused operator for CUDA has up to {most}")
+        self.outputs[_WORK].shape = ir.Shape([f"{self.prefix}/work"])
+
+    def _norm(self, value: ir.Value, width: int) -> tuple[ir.Value, ir.Value, float] | None:
+        return None
+
+    def _projections(self, placed: Mapping[str, Placed]) -> list[_Target]:
+        targets = super()._projections(placed)
+        for value in self.inputs[_Q : _Q + 3]:
+            if value is not None and (value.dtype or _FLOAT) != self.dtype:
+                raise _Unfused(f"{name_of(value)} is {value.dtype}, and the attention's input {self.dtype}")
+        return targets
 
 
 def _target(output: int, width: int, made: ir.Value, corrections: Sequence[tuple[int, int, int]]) -> _Target:
@@ -455,6 +543,25 @@ def remove_unused(graph: ir.Graph) -> None:
     for name, value in tuple(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def _in_groups(graph: ir.Graph, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    """The layers' memories, [B, 1, H, r, r] each, joined to as few of equal size as CUDA's Concat takes at once. Of more, or unequal
+    ones, it is told by a copy from the host, which a captured step would repeat from where nothing is any more. A count without such
+    groups stays."""
+    count = len(states)
+    groups = next((n for n in range(2, _MOST_JOINED + 1) if count % n == 0 and count // n <= _MOST_JOINED), 0)
+    if count <= _MOST_JOINED or not groups:
+        return states
+    size = count // groups
+    nodes = Nodes(graph, f"/{DOMAIN}")
+    joined = [
+        nodes.concat(states[n : n + size], name=f"present_memory/Concat/{n // size}", axis=1)
+        for n in range(0, count, size)
+    ]
+    for value in joined:
+        value.type = ir.TensorType(_FLOAT)
+    return joined
 
 
 def _join(graph: ir.Graph, name: str, parts: Sequence[ir.Value], axis: int) -> None:

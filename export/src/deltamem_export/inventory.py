@@ -1,5 +1,6 @@
 """What a grafted graph consists of, without running it: that the memory's island is in float32 from edge to edge whatever the decoder
-around it is in, with casts at its edge and nowhere else. For graphs that the machine at hand cannot run, and cheap enough for all others.
+around it is in, with casts at its edge and nowhere else; in a fused graph, that each of the runtime's nodes takes the decoder's tensors in
+one type and its own in float32. For graphs that the machine at hand cannot run, and cheap enough for all others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ _ALWAYS_FLOAT = frozenset(
     | {"present_spans", "delta_energy", "queries", "gates"}
 )
 _PREFIX = "/deltamem/"
+# The runtime's node for CUDA (fused.py): which of its inputs and outputs are the decoder's. All others are the memory's.
+_FUSED = "DeviceMemoryLayer"
+_DECODERS = ({0, 6, 7, 8, 9}, {1, 2, 3, 4})
 # Nodes of the graft that stand in the decoder, not in the island: the additions of corrections, and the wanted rows of logits.
 _OUTSIDE = (f"{_PREFIX}logits/", f"{_PREFIX}input_ids")
 
@@ -64,7 +68,10 @@ def check_island(path: Path) -> Inventory:
         inside = name.startswith(_PREFIX) and not name.startswith(_OUTSIDE)
         given = {types.get(v, v.dtype) for v in node.inputs if v is not None} & _FLOATS
         made = _type(node, types)
-        if _adds_a_correction(node):
+        if node.op_type == _FUSED:
+            nodes[_FUSED] = nodes.get(_FUSED, 0) + 1
+            _check_fused(path.name, node, types)
+        elif _adds_a_correction(node):
             # A correction is added in the decoder's type.
             if len(given) > 1:
                 raise ExportError(f"{path.name}: {name} adds {_said(given)}; a cast at the island's edge is missing")
@@ -84,6 +91,22 @@ def check_island(path: Path) -> Inventory:
         for value in node.outputs:
             types[value] = value.dtype or made
     return Inventory(nodes, tuple(casts_in), tuple(casts_out))
+
+
+def _check_fused(file: str, node: ir.Node, types: Mapping[ir.Value, ir.DataType | None]) -> None:
+    """Holds one of the runtime's nodes against the types that its operator has."""
+    decoders: set[ir.DataType] = set()
+    for what, values, own in zip(("input", "output"), (node.inputs, node.outputs), _DECODERS, strict=True):
+        for n, value in enumerate(values):
+            if value is None or not value.name:
+                continue
+            found = types.get(value, value.dtype) or _FLOAT
+            if n in own:
+                decoders.add(found)
+            elif found != _FLOAT:
+                raise ExportError(f"{file}: {node.name}: {what} {n} is {found}, expected FLOAT: it is the memory's own")
+    if len(decoders) != 1 or not decoders <= _FLOATS:
+        raise ExportError(f"{file}: {node.name} takes the decoder's tensors as {_said(decoders)}, expected one type")
 
 
 def _at_the_edge(cast: ir.Node, made: ir.DataType | None) -> bool:

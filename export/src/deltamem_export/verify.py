@@ -123,7 +123,7 @@ class Report:
         same_next_token: of `tokens` positions.
         layers: every layer with attention.
         fused: how far the fused graph is from the portable one in logits and in states, both in the runtime; None where there is none,
-            or it was not run.
+            or it was not run (that for CUDA takes a card).
         blocks: the same of the graph with the runtime's own products in blocks.
         first: where the two part first, in words; None if they do not.
         notes: what a reader should know of how it was compared.
@@ -315,9 +315,12 @@ def verify(
         first = "; ".join(wrong) or (differences.where(at.place) if at else "no place inside; only the sum is over")
     own: dict[str, tuple[Apart, Apart] | None] = {}
     for name in ("fused", "blocks"):
-        if device == "cpu" and found["graph"].get(f"{name}_file") is not None:
+        if entry["device"] == device and entry.get(f"{name}_file") is not None:
+            if device != run_by:
+                notes.append(f"the {name} graph was not run: its operator runs on a card alone")
+                continue
             say(f"running the {name} graph in the runtime")
-            apart, note = _beside_portable(directory, name, turns, precision)
+            apart, note = _beside_portable(directory, name, turns, precision, device)
             own[name] = apart
             notes += [note] if note else []
             if apart is not None and not all(a.good for a in apart) and first is None:
@@ -559,9 +562,10 @@ def _reference(
 
 
 def _beside_portable(
-    directory: Path, name: str, turns: Sequence[Sequence[_Call]], precision: Precision
+    directory: Path, name: str, turns: Sequence[Sequence[_Call]], precision: Precision, device: str
 ) -> tuple[tuple[Apart, Apart] | None, str | None]:
-    """How far the graph `fused` or `blocks` is from the portable one, in logits and states, or a note that says why it was not run."""
+    """How far the graph `fused` or `blocks` is from the portable one, in logits and states, or a note that says why it was not run.
+    device: the runtime's, on which both run."""
     try:
         import deltamem_rt as runtime
     except ImportError:
@@ -573,10 +577,11 @@ def _beside_portable(
     with tempfile.TemporaryDirectory() as scratch:
         try:
             fused = name == "fused"
-            bundle = _unrounded(directory, Path(scratch) / "bundle", precision) if fused else directory
+            rounded = fused and device == "cpu"
+            bundle = _unrounded(directory, Path(scratch) / "bundle", precision) if rounded else directory
             for graph in (name, "portable"):
                 values: list[tuple[Float32, Float32]] = []
-                with runtime.Model.load(bundle, device="cpu", verify=False, graph=graph).session() as session:
+                with runtime.Model.load(bundle, device=device, verify=False, graph=graph).session() as session:
                     for turn in turns:
                         for call in turn:
                             spans = call.spans.ids if call.spans is not None else None
@@ -587,7 +592,9 @@ def _beside_portable(
         except (runtime.DeltaMemError, ValueError) as error:
             return None, f"the {name} graph was not run: {first_line(error)}"
     aparts = []
-    for what, limit, unit in zip((0, 1), _FUSED[precision.name] if fused else _BLOCKS, (LARGE, 1.0), strict=True):
+    on_card = _BY_CUDA[precision.arithmetic]
+    limits = (_FUSED[precision.name] if device == "cpu" else on_card) if fused else _BLOCKS
+    for what, limit, unit in zip((0, 1), limits, (LARGE, 1.0), strict=True):
         pairs = [(a[what], b[what]) for a, b in zip(*found, strict=True)]
         off = np.concatenate([np.nan_to_num(np.abs(a - b), nan=np.inf).reshape(-1) for a, b in pairs])
         size = max(float(np.abs(b).max()) for _, b in pairs)

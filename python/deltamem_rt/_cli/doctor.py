@@ -113,6 +113,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         ("build", known("ort_build")),
         ("providers", known("providers")),
         ("CUDA", known("cuda_says")),
+        ("memory on a card", known("card_kernels_say")),
         ("device='auto'", known("auto")),
         ("CPU features", known("cpu_features")),
         ("memory kernel", known("kernel")),

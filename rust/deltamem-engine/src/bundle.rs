@@ -251,9 +251,12 @@ pub struct Graph {
     /// The same graph with the input `strength` and the outputs `delta_energy`, `queries` and `gates`.
     #[serde(default)]
     pub measured_file: Option<String>,
-    /// The same graph with one node of this runtime's own for each memory layer; `None`: this bundle has none.
+    /// The same graph with one node of this runtime's own for each memory layer, for the graph's own device; `None`: this bundle has none.
     #[serde(default)]
     pub fused_file: Option<String>,
+    /// Why it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_fused: Option<String>,
     /// The fused graph, or the portable one where there is no fused one, with this runtime's own products of weights in blocks of 4 or 8
     /// bits; `None`: this bundle has none.
     #[serde(default)]

@@ -16,7 +16,7 @@ use crate::device::DeviceBuffer;
 use crate::error::{EngineError, Result};
 use crate::kv::KvTensor;
 use crate::memory::{Numbers, NumbersMut};
-use crate::model::{LoadOptions, Model};
+use crate::model::{LoadOptions, Model, runs_on};
 use crate::operator;
 use crate::runtime::Runtime;
 use crate::turn::TurnTensors;
@@ -211,7 +211,10 @@ impl Graph {
                 )
             })?
         } else {
-            options.graph.of(bundle.manifest())?.file()
+            options
+                .graph
+                .of(bundle.manifest(), runs_on(home, bundle.manifest()))?
+                .file()
         };
         let mut builder = OnnxSession::builder(runtime.environment())
             .map_err(EngineError::onnx("preparing a session"))?
@@ -223,7 +226,9 @@ impl Graph {
             .map_err(EngineError::onnx("preparing a session"))?
             .with_config_entry("session.intra_op.spin_duration_us", SPIN_US)
             .map_err(EngineError::onnx("preparing a session"))?
-            .with_operators(operator::domain().map_err(EngineError::onnx("preparing the memory's operator"))?)
+            .with_operators(
+                operator::domain(provider).map_err(EngineError::onnx("preparing the memory's operator"))?,
+            )
             .map_err(EngineError::onnx("preparing the memory's operator"))?;
         if let Some(prefix) = std::env::var_os(PROFILE) {
             builder = builder

@@ -14,7 +14,7 @@ use crate::device::{DeviceMemory, WORD};
 use crate::error::{EngineError, Result};
 use crate::graph::{Graph, Names};
 use crate::kv::KvLayout;
-use crate::operator::product_instructions;
+use crate::operator::{prepare, product_instructions};
 use crate::pool::KvPool;
 use crate::running::{Counters, Row, Works};
 use crate::runtime::Runtime;
@@ -62,12 +62,12 @@ pub enum Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum GraphChoice {
-    /// The one with the most of this runtime's own nodes that the bundle has and the processor is fit for.
+    /// The one with the most of this runtime's own nodes that the bundle has and the device is fit for.
     #[default]
     Auto,
     /// The one of standard operators.
     Portable,
-    /// The one with one node for each memory layer, which runs on the processor only and computes the same.
+    /// The one with one node for each memory layer, which computes the same.
     Fused,
     /// That with this runtime's own products of weights in blocks besides, for processors that have instructions for it. It rounds as the
     /// others do, and sums in another order.
@@ -99,15 +99,25 @@ impl<'a> Chosen<'a> {
 }
 
 impl GraphChoice {
-    /// Which graph it is of this bundle, on this processor.
+    /// Which graph it is of this bundle's first one, on this device.
     ///
     /// # Errors
-    /// [`EngineError::Unsupported`] for a graph that the bundle does not have or the processor is not fit for.
-    pub(crate) fn of(self, manifest: &Manifest) -> Result<Chosen<'_>> {
+    /// [`EngineError::Unsupported`] for a graph that the bundle does not have or the device is not fit for.
+    pub(crate) fn of(self, manifest: &Manifest, on: GraphDevice) -> Result<Chosen<'_>> {
         let graph = &manifest.graph;
+        // A graph in fp16 may have been exported for the other device: its operators are on both, this runtime's own are not.
+        let own = |file: &'_ Option<String>| manifest.device(graph) == on && file.is_some();
         let portable = Chosen::Portable(&graph.file);
-        let fused = graph.fused_file.as_deref().map(Chosen::Fused);
-        let blocks = graph.blocks_file.as_deref().map(Chosen::Blocks);
+        let fused = graph
+            .fused_file
+            .as_deref()
+            .filter(|_| own(&graph.fused_file))
+            .map(Chosen::Fused);
+        let blocks = graph
+            .blocks_file
+            .as_deref()
+            .filter(|_| own(&graph.blocks_file))
+            .map(Chosen::Blocks);
         let fit = product_instructions().is_some();
         let missing = |field, what| {
             EngineError::Unsupported(format!(
@@ -118,7 +128,15 @@ impl GraphChoice {
         match self {
             Self::Portable => Ok(portable),
             Self::Auto => Ok(blocks.filter(|_| fit).or(fused).unwrap_or(portable)),
-            Self::Fused => fused.ok_or_else(|| missing("fused_file", "fused graph")),
+            Self::Fused => fused.ok_or_else(|| match self.unfused(manifest, on) {
+                Some(why) if manifest.device(graph) != on => {
+                    EngineError::Unsupported(format!("graph=\"fused\": {why}; leave graph out there"))
+                }
+                _ => missing("fused_file", "fused graph"),
+            }),
+            Self::Blocks if on == GraphDevice::Cuda => Err(EngineError::Unsupported(
+                "graph=\"blocks\": its products run on the processor only; leave graph out on a card".into(),
+            )),
             Self::Blocks if !fit => Err(EngineError::Unsupported(
                 "graph=\"blocks\": this processor has none of the instructions that its products take (AVX2 and FMA at least); load it with \
                  graph=\"auto\""
@@ -127,6 +145,36 @@ impl GraphChoice {
             Self::Blocks => blocks.ok_or_else(|| missing("blocks_file", "graph with products in blocks")),
         }
     }
+
+    /// Why the layers' memories are many nodes each, if they are.
+    fn unfused(self, manifest: &Manifest, on: GraphDevice) -> Option<String> {
+        if self == Self::Portable {
+            return Some("graph=\"portable\" was asked for".into());
+        }
+        let graph = &manifest.graph;
+        let device = manifest.device(graph);
+        if device != on {
+            Some(format!(
+                "the bundle's graph was exported for {device}, and runs on {on} as well; its fused one does not"
+            ))
+        } else if graph.fused_file.is_none() {
+            let why = graph.not_fused.as_deref();
+            Some(why.map_or_else(
+                || "the bundle has no fused graph; `deltamem-export fuse BUNDLE` adds one".to_owned(),
+                |why| format!("the bundle has no fused graph: {why}"),
+            ))
+        } else {
+            None
+        }
+    }
+}
+
+/// Why a model's memories are many nodes a layer.
+#[derive(Debug, Clone)]
+struct Unfused {
+    why: String,
+    /// Whether something failed that should have worked.
+    failed: bool,
 }
 
 /// How a bundle is loaded.
@@ -198,6 +246,7 @@ pub struct Model {
     pub(crate) unbatched: OnceLock<String>,
     /// Why steps are not captured, if they are not.
     uncaptured: OnceLock<String>,
+    unfused: Option<Unfused>,
     /// Whether turns have slots in the pool.
     pooled: bool,
     pub(crate) counters: Counters,
@@ -315,15 +364,6 @@ impl Model {
             options.cuda_graphs = false;
             uncaptured.get_or_init(|| why.to_owned());
         }
-        let provider = home.as_ref().map(|memory| memory.provider());
-        if provider.is_some_and(|provider| provider.card().is_some()) {
-            if matches!(options.graph, GraphChoice::Fused | GraphChoice::Blocks) {
-                return Err(EngineError::Unsupported(
-                    "graph=\"fused\" and \"blocks\": their operators run on the processor only; leave graph out on a card".into(),
-                ));
-            }
-            options.graph = GraphChoice::Portable;
-        }
         let row = manifest.backbone.head_dim * manifest.graph.kv_dtype.bytes();
         if home.is_some() && manifest.graph.shared_kv && !row.is_multiple_of(WORD) {
             return Err(EngineError::Unsupported(format!(
@@ -343,7 +383,7 @@ impl Model {
         let names = Names::new(manifest);
         let text = Text::load(bundle.dir(), manifest)?;
         let template = ChatTemplate::load(bundle.dir(), manifest)?;
-        let graph = Graph::open(runtime, &bundle, &options, &names, &home, false)?;
+        let (graph, unfused) = open_graph(runtime, &bundle, &mut options, &names, &home)?;
         let unbatched = OnceLock::new();
         if let Some(why) = one_after_another(manifest, &graph, options.max_batch) {
             unbatched.get_or_init(|| why.to_owned());
@@ -365,6 +405,7 @@ impl Model {
             slots: Slots::new(pool, home.clone()),
             unbatched,
             uncaptured,
+            unfused,
             pooled,
             counters: Counters::default(),
             measured: OnceLock::new(),
@@ -422,8 +463,21 @@ impl Model {
     pub fn graph(&self) -> &'static str {
         self.options
             .graph
-            .of(self.manifest())
+            .of(self.manifest(), runs_on(&self.home, self.manifest()))
             .map_or("portable", Chosen::name)
+    }
+
+    /// Why each layer's memory is many nodes; none where it is one.
+    pub fn unfused(&self) -> Option<&str> {
+        self.unfused.as_ref().map(|unfused| unfused.why.as_str())
+    }
+
+    /// What failed, where the fused graph should have run and the portable one does.
+    pub fn unfused_by_failure(&self) -> Option<&str> {
+        self.unfused
+            .as_ref()
+            .filter(|unfused| unfused.failed)
+            .map(|unfused| unfused.why.as_str())
     }
 
     /// Where the graph runs: `cpu`, or `cuda:` and the card's number.
@@ -623,6 +677,54 @@ impl Model {
             true,
         )?;
         Ok(self.measured.get_or_init(|| Mutex::new(graph)))
+    }
+}
+
+/// Which device's kernels run a model's nodes.
+pub(crate) fn runs_on(home: &Home, manifest: &Manifest) -> GraphDevice {
+    match home.as_ref().map(|memory| memory.provider()) {
+        None => GraphDevice::Cpu,
+        Some(Provider::Cuda { .. }) => GraphDevice::Cuda,
+        // The processor plays whichever the graph was exported for.
+        Some(Provider::Host) => manifest.device(&manifest.graph),
+    }
+}
+
+/// The graph that was asked for. On a card, where nothing else was asked for, the portable one takes the place of a fused one that cannot be had.
+fn open_graph(
+    runtime: &'static Runtime,
+    bundle: &Bundle,
+    options: &mut LoadOptions,
+    names: &Names,
+    home: &Home,
+) -> Result<(Graph, Option<Unfused>)> {
+    let manifest = bundle.manifest();
+    let on = runs_on(home, manifest);
+    let unfused = options.graph.unfused(manifest, on);
+    let may_fall_back = options.graph == GraphChoice::Auto && on == GraphDevice::Cuda && unfused.is_none();
+    let unfused = unfused.map(|why| Unfused { why, failed: false });
+    let opened = options.graph.of(manifest, on).and_then(|chosen| {
+        let _kernels = match (chosen, home) {
+            (Chosen::Fused(_), Some(memory)) if on == GraphDevice::Cuda => {
+                Some(prepare(memory.provider(), manifest)?)
+            }
+            _ => None,
+        };
+        Graph::open(runtime, bundle, options, names, home, false)
+    });
+    match opened {
+        Ok(graph) => Ok((graph, unfused)),
+        Err(error) if may_fall_back => {
+            options.graph = GraphChoice::Portable;
+            // What hinders this one too is the better error.
+            let graph = Graph::open(runtime, bundle, options, names, home, false)?;
+            let failed = Unfused {
+                why: error.to_string(),
+                failed: true,
+            };
+            Ok((graph, Some(failed)))
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -1,8 +1,11 @@
-//! The runtime's own operators. This one is `deltamem:MemoryLayer`: one node for all that a decoder's layer does for its memory. It reads a node's attributes and
+//! The runtime's own operators. This one is `deltamem:MemoryLayer`: one node for all that a decoder's layer does for its memory, on the
+//! processor (on a card: [`device_layer`]). It reads a node's attributes and
 //! constants once, when ONNX Runtime makes its kernel, and then hands each call's tensors to [`deltamem_kernel`], which computes. The nodes
 //! are placed by `deltamem_export.fused`, where each input and attribute is described; a test runs its graphs against the portable ones.
 
 mod blocks;
+mod card;
+mod device_layer;
 mod pages;
 mod tensors;
 
@@ -22,6 +25,11 @@ use ort::value::{TensorElementType, TensorValueType};
 use parking_lot::Mutex;
 
 use self::tensors::Tensors;
+use crate::device::provider::Provider;
+
+pub use self::card::examine_kernels;
+pub(crate) use self::card::prepare;
+pub use self::device_layer::EMULATED_CARD;
 
 /// The domain that the operator stands in.
 const DOMAIN: &str = "deltamem";
@@ -51,11 +59,17 @@ const OUTPUTS: usize = 6;
 /// The most values that one layer corrects.
 const MOST_TARGETS: usize = 4;
 
-/// The domain with its operators, for one session.
-pub(crate) fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?
+/// The domain with its operators, for one session; where the session is for a device, with those for it.
+pub(crate) fn domain(provider: Option<Provider>) -> ort::Result<OperatorDomain> {
+    let mut domain = OperatorDomain::new(DOMAIN)?
         .add(MemoryLayer::default())?
-        .add(blocks::MatMulNBits::default())
+        .add(blocks::MatMulNBits::default())?;
+    if let Some(provider) = provider {
+        for operator in device_layer::DeviceMemoryLayer::all(provider) {
+            domain = domain.add(operator)?;
+        }
+    }
+    Ok(domain)
 }
 
 /// The vector instructions that the operator computes with on this processor.
@@ -351,6 +365,11 @@ impl Node<'_, '_> {
 
     /// All but the hidden width, which the networks tell.
     fn settings(&self) -> Result<Settings, String> {
+        let storages = [("float32", Storage::Single), ("float16", Storage::Half)];
+        self.settings_in(self.word("storage", &storages)?)
+    }
+
+    fn settings_in(&self, storage: Storage) -> Result<Settings, String> {
         let modes = [
             UpdateMode::Standard,
             UpdateMode::LambdaOutside,
@@ -367,20 +386,14 @@ impl Node<'_, '_> {
             )?,
             own_lambda: self.size("own_lambda")? != 0,
             normalize_qk: self.size("normalize_qk")? != 0,
-            storage: self.word(
-                "storage",
-                &[("float32", Storage::Single), ("float16", Storage::Half)],
-            )?,
+            storage,
         };
         deltamem_core::Geometry::new(1, settings.heads, settings.rank).map_err(text)?;
         Ok(settings)
     }
 
-    /// The targets, and each one's output and input.
-    #[allow(clippy::type_complexity)] // said in words above
-    fn targets(&self, settings: &Settings) -> Result<(Vec<Target>, Vec<(usize, Option<usize>)>), String> {
-        let matrix = self.constant(CORRECTIONS, "corrections")?;
-        let stride = matrix.len() / settings.read_width().max(1);
+    /// What each target is made from and where it goes, as the attributes say.
+    fn places(&self) -> Result<Vec<Place>, String> {
         let (outputs, widths) = (self.sizes("outputs")?, self.sizes("widths")?);
         let (splits, corrections) = (self.sizes("splits")?, self.sizes("corrections")?);
         let ascending =
@@ -398,12 +411,7 @@ impl Node<'_, '_> {
             ));
         }
         let residual = self.size("residual")? != 0;
-        let own_norm = match self.0.get::<f32>("delta_o_epsilon") {
-            Some(epsilon) => Some((self.constant(DELTA_O_NORM, "delta_o_norm")?, epsilon)),
-            None => None,
-        };
-        let (mut targets, mut places) = (Vec::new(), Vec::new());
-        for (&output, &width) in outputs.iter().zip(&widths) {
+        let one = |output: usize, width: usize| {
             let packed = !splits.is_empty() && output < OUTPUT_O;
             let (from, input) = if packed {
                 let start = splits[..output - 1].iter().sum();
@@ -429,20 +437,49 @@ impl Node<'_, '_> {
             } else {
                 (From::Nothing, None)
             };
-            let own = corrections
-                .chunks_exact(4)
-                .filter(|numbers| numbers[0] == output)
-                .map(|numbers| Correction {
-                    matrix: &matrix,
-                    stride,
-                    from: numbers[1],
-                    width: numbers[2],
-                    start: numbers[3],
-                    norm: own_norm
-                        .as_ref()
-                        .filter(|_| output == OUTPUT_O)
-                        .map(|(weights, epsilon)| (weights.as_slice(), *epsilon)),
-                });
+            let (own, _) = corrections.as_chunks::<4>();
+            Place {
+                output,
+                width,
+                from,
+                input,
+                corrections: own
+                    .iter()
+                    .filter(|numbers| numbers[0] == output)
+                    .map(|&[_, from, width, start]| [from, width, start])
+                    .collect(),
+            }
+        };
+        Ok(outputs
+            .iter()
+            .zip(&widths)
+            .map(|(&output, &width)| one(output, width))
+            .collect())
+    }
+
+    /// The targets, and each one's output and input.
+    #[allow(clippy::type_complexity)] // said in words above
+    fn targets(&self, settings: &Settings) -> Result<(Vec<Target>, Vec<(usize, Option<usize>)>), String> {
+        let matrix = self.constant(CORRECTIONS, "corrections")?;
+        let stride = matrix.len() / settings.read_width().max(1);
+        let own_norm = match self.0.get::<f32>("delta_o_epsilon") {
+            Some(epsilon) => Some((self.constant(DELTA_O_NORM, "delta_o_norm")?, epsilon)),
+            None => None,
+        };
+        let (mut targets, mut places) = (Vec::new(), Vec::new());
+        for place in self.places()? {
+            let Place { output, width, .. } = place;
+            let own = place.corrections.iter().map(|&[from, width, start]| Correction {
+                matrix: &matrix,
+                stride,
+                from,
+                width,
+                start,
+                norm: own_norm
+                    .as_ref()
+                    .filter(|_| output == OUTPUT_O)
+                    .map(|(weights, epsilon)| (weights.as_slice(), *epsilon)),
+            });
             let norm = match ["q_epsilon", "k_epsilon"]
                 .get(output - 1)
                 .and_then(|name| self.0.get::<f32>(name))
@@ -453,11 +490,22 @@ impl Node<'_, '_> {
                 }),
                 None => None,
             };
-            targets.push(Target::new(settings, width, from, &own.collect::<Vec<_>>(), norm).map_err(text)?);
-            places.push((output, input));
+            let own = own.collect::<Vec<_>>();
+            targets.push(Target::new(settings, width, place.from, &own, norm).map_err(text)?);
+            places.push((output, place.input));
         }
         Ok((targets, places))
     }
+}
+
+/// Where a target's rows come from and go, and what is laid on them.
+struct Place {
+    output: usize,
+    width: usize,
+    from: From,
+    input: Option<usize>,
+    /// Of each correction: its first column in the constant, its columns, where in the rows they are laid.
+    corrections: Vec<[usize; 3]>,
 }
 
 #[allow(clippy::needless_pass_by_value)] // for map_err

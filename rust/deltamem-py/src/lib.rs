@@ -55,6 +55,14 @@ fn doctor(py: Python<'_>, library: Option<std::path::PathBuf>) -> PyResult<Bound
         };
         report.set_item("cuda", ready)?;
         report.set_item("cuda_says", said)?;
+        if ready {
+            let (ready, said) = match py.detach(deltamem_engine::examine_kernels) {
+                Ok(said) => (true, said),
+                Err(error) => (false, error.to_string()),
+            };
+            report.set_item("card_kernels", ready)?;
+            report.set_item("card_kernels_say", said)?;
+        }
     }
     Ok(report)
 }

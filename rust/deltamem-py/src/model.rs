@@ -52,8 +52,10 @@ impl Model {
     ///     checked before.
     /// graph : {"auto", "portable", "fused", "blocks"}
     ///     Which of the bundle's graphs runs, all from the same weights. "fused" has one node for each memory layer; "blocks", of bundles in
-    ///     int4 and int8, has this runtime's own products besides, which round as ONNX Runtime's do and are several times as fast. Both are
-    ///     for the CPU. "auto" takes the last of them that the bundle has and the processor is fit for. ``model.graph`` says which it is.
+    ///     int4 and int8 and for the CPU, has this runtime's own products besides, which round as ONNX Runtime's do and are several times as
+    ///     fast. "auto" takes the last of them that the bundle has and the device is fit for; on a card whose fused graph cannot be had (its
+    ///     kernels are compiled there, which takes NVIDIA's NVRTC) it takes the portable one and logs a warning (``deltamem_rt``).
+    ///     ``model.graph`` says which it is, ``model.unfused`` why it is not the fused one.
     /// tf32 : bool
     ///     Whether a card may round the factors of float32 products to TF32 (10 bits of 23): faster for fp32 bundles, and off the CPU's results
     ///     by about 1e-3. Of no effect on the CPU.
@@ -161,6 +163,17 @@ impl Model {
                 .call_method1(
                     "warning",
                     ("device='auto' runs on the CPU, because CUDA failed: %s", failed),
+                )?;
+        }
+        if let Some(failed) = inner.unfused_by_failure() {
+            py.import("logging")?
+                .call_method1("getLogger", ("deltamem_rt",))?
+                .call_method1(
+                    "warning",
+                    (
+                        "graph='auto' runs the portable graph, which launches some thirty kernels more a layer, because the fused one failed: %s",
+                        failed,
+                    ),
                 )?;
         }
         Ok(Self { inner })
@@ -323,6 +336,12 @@ impl Model {
     #[getter]
     fn uncaptured(&self) -> Option<String> {
         self.inner.uncaptured().map(str::to_owned)
+    }
+
+    /// Why each layer's memory is many nodes of the graph; None where it is one.
+    #[getter]
+    fn unfused(&self) -> Option<String> {
+        self.inner.unfused().map(str::to_owned)
     }
 
     /// How many runs the model has made since it was loaded.

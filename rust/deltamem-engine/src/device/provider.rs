@@ -11,7 +11,7 @@ use crate::error::{EngineError, Result};
 use crate::runtime::Runtime;
 
 /// ONNX Runtime's name of the provider.
-const CUDA: &str = "CUDAExecutionProvider";
+pub(crate) const CUDA: &str = "CUDAExecutionProvider";
 
 /// The variable by which CUDA hides cards.
 const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
@@ -220,6 +220,7 @@ fn meaning(device: &str, doing: &str, message: &str) -> Option<String> {
         "CUBLAS failure",
         "CUDNN failure",
         "cudaError",
+        "the NVIDIA driver failed",
     ]) {
         "the card failed, and what lay on it may be lost; snapshots and commits are not, they are on the host. Restart this process, or load \
          with device='cpu', and take up the last commit"

@@ -1,14 +1,15 @@
-//! The tensors of one call of the operator, as slices. It asks ONNX Runtime for pointers and shapes without the descriptions that the `ort`
+//! The tensors of one call of an operator: as slices, or as addresses where they lie on a device. It asks ONNX Runtime for pointers and shapes without the descriptions that the `ort`
 //! crate would make of every value, which cost more than a layer's arithmetic in a decode step.
 
 use ort::AsPointer;
 use ort::operator::ComputeContext;
 use ort::sys;
+use ort::value::TensorElementType;
 
 /// The most sizes that a shape may have here.
 pub(super) const MOST_SIZES: usize = 5;
 
-/// Inputs and outputs of one call, all of float32 in the processor's memory.
+/// Inputs and outputs of one call.
 pub(super) struct Tensors<'a>(&'a ComputeContext);
 
 /// One input.
@@ -37,6 +38,48 @@ impl<'a> Input<'a> {
     }
 }
 
+/// A tensor that is not looked into here.
+pub(super) struct Placed {
+    name: &'static str,
+    raw: Raw,
+}
+
+impl Placed {
+    pub(super) fn shape(&self) -> &[usize] {
+        &self.raw.sizes[..self.raw.dims]
+    }
+
+    /// How many numbers there are.
+    pub(super) fn count(&self) -> usize {
+        self.raw.count
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.raw.data as usize as u64
+    }
+
+    pub(super) fn expect(self, shape: &[usize]) -> Result<Self, String> {
+        if self.shape() == shape {
+            Ok(self)
+        } else {
+            Err(format!("{} is {:?}, expected {shape:?}", self.name, self.shape()))
+        }
+    }
+
+    /// The same for a constant, of which the numbers count and not how they are laid out.
+    pub(super) fn expect_count(self, count: usize) -> Result<Self, String> {
+        if self.count() == count {
+            Ok(self)
+        } else {
+            Err(format!(
+                "{} holds {} numbers, expected {count}",
+                self.name,
+                self.count()
+            ))
+        }
+    }
+}
+
 /// What ONNX Runtime says of a value.
 struct Raw {
     data: *mut f32,
@@ -50,10 +93,33 @@ impl<'a> Tensors<'a> {
         Self(context)
     }
 
+    /// Where an input lies, whatever device that is on.
+    pub(super) fn placed(
+        &self,
+        at: usize,
+        name: &'static str,
+        kind: TensorElementType,
+    ) -> Result<Placed, String> {
+        self.raw_input(at, name, kind).map(|raw| Placed { name, raw })
+    }
+
+    /// Where the output `at` lies; none where the node does not have it.
+    pub(super) fn placed_output(
+        &self,
+        at: usize,
+        shape: &[usize],
+        kind: TensorElementType,
+    ) -> Result<Placed, String> {
+        self.raw_output(at, shape, kind).map(|raw| Placed {
+            name: "an output",
+            raw,
+        })
+    }
+
     /// An input that no output is made in the place of.
     #[allow(unsafe_code)]
     pub(super) fn input(&self, at: usize, name: &'static str) -> Result<Input<'a>, String> {
-        let raw = self.raw_input(at, name)?;
+        let raw = self.raw_input(at, name, TensorElementType::Float32)?;
         // SAFETY: ONNX Runtime keeps an input, `count` numbers at `data`, alive and unchanged until the call returns; the context is
         // borrowed as long. No output lies over it: those that may are had from `corrected` alone.
         let values = unsafe { slice(raw.data, raw.count) };
@@ -68,7 +134,7 @@ impl<'a> Tensors<'a> {
     /// The output `at`, which must be asked for once.
     #[allow(unsafe_code)]
     pub(super) fn output(&self, at: usize, shape: &[usize]) -> Result<&'a mut [f32], String> {
-        let raw = self.raw_output(at, shape)?;
+        let raw = self.raw_output(at, shape, TensorElementType::Float32)?;
         // SAFETY: ONNX Runtime has just made this output of these sizes, `count` numbers at `data`, for this call to write; the caller
         // asks for each output once, so nobody else holds it.
         Ok(unsafe { slice_mut(raw.data, raw.count) })
@@ -84,14 +150,14 @@ impl<'a> Tensors<'a> {
         output: usize,
         shape: &[usize],
     ) -> Result<(Option<&'a [f32]>, &'a mut [f32]), String> {
-        let from = self.raw_input(input, "a projection")?;
+        let from = self.raw_input(input, "a projection", TensorElementType::Float32)?;
         if from.sizes[..from.dims] != *input_shape {
             return Err(format!(
                 "the projection of input {input} is {:?}, expected {input_shape:?}",
                 &from.sizes[..from.dims]
             ));
         }
-        let to = self.raw_output(output, shape)?;
+        let to = self.raw_output(output, shape, TensorElementType::Float32)?;
         // SAFETY: as in `input` and `output`. The two are either the same memory, then only one slice of it is made, or two values that
         // ONNX Runtime keeps apart.
         unsafe {
@@ -105,7 +171,7 @@ impl<'a> Tensors<'a> {
     }
 
     #[allow(unsafe_code)]
-    fn raw_input(&self, at: usize, name: &'static str) -> Result<Raw, String> {
+    fn raw_input(&self, at: usize, name: &'static str, kind: TensorElementType) -> Result<Raw, String> {
         let mut value = std::ptr::null();
         // SAFETY: the context is that of the running call, and the out-pointer is valid for it.
         let status = unsafe { (ort::api().KernelContext_GetInput)(self.0.ptr(), at, &raw mut value) };
@@ -113,11 +179,11 @@ impl<'a> Tensors<'a> {
         if value.is_null() {
             return Err(format!("the input {name} is missing"));
         }
-        describe(value.cast_mut(), name)
+        describe(value.cast_mut(), name, kind)
     }
 
     #[allow(unsafe_code)]
-    fn raw_output(&self, at: usize, shape: &[usize]) -> Result<Raw, String> {
+    fn raw_output(&self, at: usize, shape: &[usize], kind: TensorElementType) -> Result<Raw, String> {
         let mut sizes = [0_i64; MOST_SIZES];
         for (size, &wanted) in sizes.iter_mut().zip(shape) {
             *size = i64::try_from(wanted).map_err(|_| format!("output {at}: a size of {wanted}"))?;
@@ -137,7 +203,7 @@ impl<'a> Tensors<'a> {
         if value.is_null() {
             return Err(format!("the output {at} is missing"));
         }
-        let raw = describe(value, "an output")?;
+        let raw = describe(value, "an output", kind)?;
         if raw.sizes[..raw.dims] == *shape {
             Ok(raw)
         } else {
@@ -150,7 +216,7 @@ impl<'a> Tensors<'a> {
 }
 
 #[allow(unsafe_code)]
-fn describe(value: *mut sys::OrtValue, name: &str) -> Result<Raw, String> {
+fn describe(value: *mut sys::OrtValue, name: &str, wanted: TensorElementType) -> Result<Raw, String> {
     let mut data = std::ptr::null_mut();
     let mut kind = sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     let (mut shape, mut dims) = (std::ptr::null(), 0);
@@ -170,9 +236,9 @@ fn describe(value: *mut sys::OrtValue, name: &str) -> Result<Raw, String> {
             std::slice::from_raw_parts(shape, dims)
         }
     };
-    if kind != sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || dims > MOST_SIZES {
+    if kind != wanted.into() || dims > MOST_SIZES {
         return Err(format!(
-            "{name} is no tensor of float32 with at most {MOST_SIZES} sizes"
+            "{name} is no tensor of {wanted} with at most {MOST_SIZES} sizes"
         ));
     }
     let mut sizes = [0; MOST_SIZES];

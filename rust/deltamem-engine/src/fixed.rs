@@ -133,7 +133,7 @@ impl FixedRows {
         Ok(Self {
             buffer: Arc::new(buffer),
             row,
-            tenants: vec![Weak::new(); rows],
+            tenants: std::iter::repeat_with(Weak::new).take(rows).collect(),
         })
     }
 

@@ -840,32 +840,28 @@ impl KvPool {
         let outside = |frame: &Frame| (0..slots).filter(|&slot| steps[slot] && !frame.has(slot)).count();
         let too_full = |frame: &Frame| (0..slots).filter(|&slot| frame.has(slot) && full(slot)).count();
         let as_it_is = frames().find(|frame| outside(frame) + too_full(frame) == 0);
-        let frame = match as_it_is {
-            Some(frame) => frame,
-            None => {
-                // The fewest moves; others that have the slots would have to move back.
-                let others = |frame: &Frame| {
-                    (0..slots)
-                        .filter(|&slot| frame.has(slot) && !steps[slot] && found.slots[slot].key.is_some())
-                        .count()
-                };
-                let moves = |frame: &Frame| outside(frame) + too_full(frame);
-                let Some(frame) = frames().min_by_key(|frame| (moves(frame), frame.size, others(frame)))
-                else {
-                    return Ok(None);
-                };
-                let cost = moves(&frame) * STEPS_A_MOVE;
-                let wide = window.riders.len() > 2 * count;
-                if found.owed + cost > MOVES * STEPS_A_MOVE && !wide {
-                    return Ok(None);
-                }
-                found.owed += cost;
-                if !self.move_into(block, frame, &mut steps)? {
-                    return Ok(None);
-                }
-                frame
-            }
+        if let Some(frame) = as_it_is {
+            return Ok(Some(self.window_of(block, frame, turns)?));
+        }
+        // The fewest moves; others that have the slots would have to move back.
+        let others = |frame: &Frame| {
+            (0..slots)
+                .filter(|&slot| frame.has(slot) && !steps[slot] && found.slots[slot].key.is_some())
+                .count()
         };
+        let moves = |frame: &Frame| outside(frame) + too_full(frame);
+        let Some(frame) = frames().min_by_key(|frame| (moves(frame), frame.size, others(frame))) else {
+            return Ok(None);
+        };
+        let cost = moves(&frame) * STEPS_A_MOVE;
+        let wide = window.riders.len() > 2 * count;
+        if found.owed + cost > MOVES * STEPS_A_MOVE && !wide {
+            return Ok(None);
+        }
+        found.owed += cost;
+        if !self.move_into(block, frame, &mut steps)? {
+            return Ok(None);
+        }
         Ok(Some(self.window_of(block, frame, turns)?))
     }
 

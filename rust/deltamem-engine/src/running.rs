@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
-use crate::device::{Best, DeviceBuffer, Staging};
+use crate::device::{Best, DeviceBuffer, DeviceMemory, Staging};
 use crate::error::{EngineError, Result};
 use crate::fixed::{FixedRows, FixedSteps, Spot};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};
@@ -366,39 +366,22 @@ impl Model {
         at: &[usize],
         rows: &mut [Row],
     ) -> Result<()> {
+        if let (Some(name), Some(_)) = (window.fixed, self.home()) {
+            return self.run_fixed(works, slots, name, window, at, rows);
+        }
         let Works {
             graph,
-            fixed,
             steps,
             comings,
+            ..
         } = works;
         let (numbers, vocab) = (self.geometry().elements(), self.vocab());
         let batch = window.riders.len();
-        let asked = indices(window, at).count();
         steps.fill(window, at, rows);
-        let states: Vec<Option<&State>> = window
-            .riders
-            .iter()
-            .map(|rider| rider.of.map(|of| &rows[at[of]].past_memory))
-            .collect();
-        let (gathered, fixed_step);
+        let states = states(window, at, rows);
+        let gathered;
         let mut step = None;
-        let mut fixed = match (window.fixed, self.home()) {
-            (Some(name), Some(memory)) => {
-                let (most, number) = (self.max_batch(), size_of::<f32>());
-                let fixed = fixed.get_or_insert_with(|| {
-                    FixedSteps::new(Arc::clone(memory), most, numbers * number, vocab * number)
-                });
-                fixed_step = fixed.before(name, &states)?;
-                Some((fixed, name, &fixed_step))
-            }
-            _ => None,
-        };
         let (past_memory, present_memory) = match self.home() {
-            _ if let Some((_, _, buffers)) = &fixed => (
-                Numbers::Device(&buffers.past, 0),
-                NumbersMut::Rows(&buffers.present),
-            ),
             None => {
                 steps.past_memory.clear();
                 for state in states {
@@ -419,14 +402,11 @@ impl Model {
                 (gathered.numbers(), NumbersMut::Device(buffer))
             }
         };
-        let enough = indices(window, at)
-            .filter_map(|index| rows[index].enough)
-            .max()
-            .and_then(|most| self.home().as_ref().map(|memory| (memory, to_bring(most, vocab))));
+        let enough = most_enough(window, at, rows, vocab)
+            .and_then(|count| self.home().as_ref().map(|memory| (memory, count)));
         let mut away = None;
         let count = steps.rows.len() * vocab;
         let logits = match (enough, self.home()) {
-            _ if let Some((_, _, buffers)) = &fixed => NumbersMut::Rows(&buffers.logits),
             (Some((memory, _)), _) => {
                 NumbersMut::Device(away.insert(memory.allocate(count * size_of::<f32>())?))
             }
@@ -459,22 +439,12 @@ impl Model {
                 strength: 1.0,
                 logits,
                 measures: Measures::default(),
-                by_chance: fixed.is_none(),
+                by_chance: true,
             },
         )?;
-        if let (None, Some((_, _, buffers)), Some(memory)) = (enough, &fixed, self.home()) {
-            let bytes = asked * vocab * size_of::<f32>();
-            let rows = memory.room(&mut comings.rows, bytes)?.floats_mut(asked * vocab);
-            buffers.logits.download(0, bytemuck::cast_slice_mut(rows))?;
-        }
-        let away = match (&mut fixed, away, enough) {
-            (Some((fixed, _, buffers)), _, Some((_, count))) => Some(Away {
-                best: buffers.logits.best(asked, vocab, count, &mut comings.best)?,
-                buffer: Arc::clone(&buffers.logits),
-                rows: fixed.logits(),
-            }),
-            (None, Some(buffer), Some((_, count))) => Some(Away {
-                best: buffer.best(asked, vocab, count, &mut comings.best)?,
+        let away = match (away, enough) {
+            (Some(buffer), Some((_, count))) => Some(Away {
+                best: buffer.best(steps.rows.len(), vocab, count, &mut comings.best)?,
                 buffer: Arc::new(buffer),
                 rows: None,
             }),
@@ -482,16 +452,84 @@ impl Model {
         };
         // What may fail comes first: a row is as it was, or has all of the step.
         let all = match (&mut comings.rows, self.home()) {
-            (Some(staging), Some(_)) if away.is_none() => staging.floats_mut(asked * vocab),
+            (Some(staging), Some(_)) if away.is_none() => staging.floats_mut(steps.rows.len() * vocab),
             _ => &mut steps.logits[..],
         };
         self.hand_out(away, all, indices(window, at), rows)?;
-        self.counters.count(asked, batch);
-        let step = match (fixed, step) {
-            (Some((fixed, name, _)), _) => StepStates::Fixed(fixed.after(name).ok_or_else(held)?),
-            (None, Some(buffer)) => StepStates::Device(Arc::new(buffer)),
-            (None, None) => StepStates::Host(&steps.present_memory),
+        self.counters.count(steps.rows.len(), batch);
+        let step = match step {
+            Some(buffer) => StepStates::Device(Arc::new(buffer)),
+            None => StepStates::Host(&steps.present_memory),
         };
+        leave_states(window, at, rows, step, numbers)
+    }
+
+    /// The same for a window of a fixed size: everything lies where it lay in the last step of its like.
+    fn run_fixed(
+        &self,
+        works: &mut Works,
+        slots: &mut Bound<'_>,
+        name: [usize; 2],
+        window: &Window,
+        at: &[usize],
+        rows: &mut [Row],
+    ) -> Result<()> {
+        let Works {
+            graph,
+            fixed,
+            steps,
+            comings,
+        } = works;
+        let memory = self.home().as_ref().ok_or_else(held)?;
+        let (numbers, vocab) = (self.geometry().elements(), self.vocab());
+        let (state, logits_row) = (numbers * size_of::<f32>(), vocab * size_of::<f32>());
+        let fixed = fixed
+            .get_or_insert_with(|| FixedSteps::new(Arc::clone(memory), self.max_batch(), state, logits_row));
+        steps.fill(window, at, rows);
+        let buffers = fixed.before(name, &states(window, at, rows))?;
+        let (kv, shape) = slots.many(window);
+        graph.run(
+            self,
+            Run {
+                tokens: &steps.tokens,
+                past: &steps.past,
+                write: &steps.write,
+                spans: None,
+                rows: Rows::These(&steps.rows),
+                past_memory: Numbers::Device(&buffers.past, 0),
+                present_memory: NumbersMut::Rows(&buffers.present),
+                turn: TurnTensors {
+                    kv,
+                    shapes: [shape, shape],
+                    states: Vec::new(),
+                },
+                strength: 1.0,
+                logits: NumbersMut::Rows(&buffers.logits),
+                measures: Measures::default(),
+                by_chance: false,
+            },
+        )?;
+        // The turns' logits are the first ones.
+        let asked = indices(window, at).count();
+        let mut all: &[f32] = &[];
+        let away = if let Some(count) = most_enough(window, at, rows, vocab) {
+            Some(Away {
+                best: buffers.logits.best(asked, vocab, count, &mut comings.best)?,
+                buffer: Arc::clone(&buffers.logits),
+                rows: fixed.logits(),
+            })
+        } else {
+            let room = memory
+                .room(&mut comings.rows, asked * logits_row)?
+                .floats_mut(asked * vocab);
+            let logits = &buffers.logits;
+            logits.download(0, bytemuck::cast_slice_mut(&mut *room))?;
+            all = room;
+            None
+        };
+        self.hand_out(away, all, indices(window, at), rows)?;
+        self.counters.count(asked, window.riders.len());
+        let step = StepStates::Fixed(fixed.after(name).ok_or_else(held)?);
         leave_states(window, at, rows, step, numbers)
     }
 
@@ -646,6 +684,20 @@ fn leave_states(
         }
     }
     Ok(())
+}
+
+/// The states of a window's rows before a step.
+fn states<'a>(window: &Window, at: &[usize], rows: &'a [Row]) -> Vec<Option<&'a State>> {
+    let riders = window.riders.iter();
+    riders
+        .map(|rider| rider.of.map(|of| &rows[at[of]].past_memory))
+        .collect()
+}
+
+/// How many of the largest logits of each row a window's turns need at most; none if all of them need all.
+fn most_enough(window: &Window, at: &[usize], rows: &[Row], vocab: usize) -> Option<usize> {
+    let enough = indices(window, at).filter_map(|index| rows[index].enough);
+    enough.max().map(|most| to_bring(most, vocab))
 }
 
 /// The rows of a step that a window's turns are, in its order.

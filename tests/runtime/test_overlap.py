@@ -1,6 +1,6 @@
-"""Users that come and go beside the steps of others, and states that come to the host beside them. The processor plays the card: slots are
-wiped and filled, and states are moved, by a thread that is late, held back or fails where a test says so. What was wiped holds bits that are
-NaN, and is looked at before it is handed out. Each session is held against the same calls on the plain CPU path, alone.
+"""Users that come and go beside the steps of others, and states that come to the host beside them. The processor plays the card: slots
+are wiped and filled, and states are moved, by a thread that is late, held back or fails where a test says so. What was wiped holds bits
+that are NaN, and is looked at before it is handed out. Each session is held against the same calls on the plain CPU path, alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Users that come and go beside the steps of others, and states that come to the host beside them. The processor plays the card: slots are wiped
-and filled, and states are moved, by a thread that is late, held back or fails where a test says so. What was wiped holds bits that are NaN, and is
-looked at before it is handed out. Each session is held against the same calls on the plain CPU path, alone.
+"""Users that come and go beside the steps of others, and states that come to the host beside them. The processor plays the card: slots
+are wiped and filled, and states are moved, by a thread that is late, held back or fails where a test says so. What was wiped holds bits
+that are NaN, and is looked at before it is handed out. Each session is held against the same calls on the plain CPU path, alone.
 """
 
 from __future__ import annotations
@@ -73,14 +73,16 @@ def within(seconds: float, true: Callable[[], bool]) -> bool:
 
 
 class Life:
-    """What one user does, by chance and yet the same every time: turns of prompts, single tokens, replies and pauses, beginning with a prefix or
-    without, commits, snapshots that another session goes on from, calls that fail.
+    """What one user does, by chance and yet the same every time: turns of prompts, single tokens, replies and pauses, beginning with a
+    prefix or without, commits, branches, snapshots that another session goes on from, calls that fail.
     """
 
     def __init__(self, seed: int, turns: int = 6) -> None:
         self.seed, self.turns = seed, turns
 
-    def __call__(self, model: dm.Model, prefixes: list[dm.Prefix], store: dm.Store, pauses: bool = True) -> list[object]:
+    def __call__(
+        self, model: dm.Model, prefixes: list[dm.Prefix], store: dm.Store, pauses: bool = True
+    ) -> list[object]:
         chance = np.random.default_rng(self.seed)
         found: list[object] = []
         session = model.session(f"user {self.seed}", store=store)
@@ -184,7 +186,7 @@ def test_steps_go_on_while_the_mover_is_held(device: dm.Model, cpu: dm.Model) ->
 
 
 def test_a_slot_is_made_ready_beside_the_steps_of_others(device: dm.Model) -> None:
-    """A step that is under way is not waited for by who ends a turn, nor by who begins one with a prefix; and steps go on in the meantime."""
+    """Who ends a turn, or begins one with a prefix, waits for nothing that the mover is asked for; and steps go on in the meantime."""
     prefix = device.prefix(ids(200, 3))
     sessions = [device.session() for _ in range(3)]
     for session in sessions:

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
-use crate::device::{Best, DeviceBuffer, DeviceMemory, Staging};
+use crate::device::{Best, DeviceBuffer, Staging};
 use crate::error::{EngineError, Result};
 use crate::fixed::{FixedRows, FixedSteps, Spot};
 use crate::graph::{ChunkSpans, Graph, Measures, Rows, Run, as_trained};

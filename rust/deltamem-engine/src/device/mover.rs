@@ -51,7 +51,8 @@ impl Queue {
 }
 
 impl Mover {
-    /// Has the thread do `job` when those before it are done. Where no thread can be had nothing is done, which costs time and no result.
+    /// Has the thread do `job` when those before it are done. Where no thread can be had nothing is done, which costs time and memory and changes
+    /// no result.
     pub(crate) fn ask(&self, job: Job) {
         let running = self.thread.get_or_init(|| {
             *self.queue.jobs.lock() = Some(VecDeque::new());

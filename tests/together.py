@@ -64,8 +64,9 @@ def beside_prompts(model: dm.Model, prompt: np.ndarray, jobs: Sequence[Callable[
 
 
 def until_shared(model: dm.Model, play: Callable[[], Any], least: float = 1.1, times: int = 6) -> Any:
-    """What `play` gives, played again until its steps had more sessions than `least` on average: how many threads a busy machine wakes in time is
-    its own affair, that steps are shared is not."""
+    """What `play` gives, played again until its steps had more sessions than `least` on average: how many threads a busy machine wakes in
+    time is its own affair, that steps are shared is not.
+    """
     for _ in range(times):
         before = model.stats
         found = play()

@@ -25,10 +25,13 @@ const KEPT_ROWS: usize = 4096;
 /// block lie elsewhere, and what was captured of them is lost.
 const FIXED_ROWS: usize = 16_384;
 
-/// Turns that may be moved at once to have a window of a fixed size, and steps in which the right to move one more is earned. Moving a turn costs
-/// less than a step that is not replayed while its cache is short and more when it is long; groups that change with every step are not followed.
+/// Turns that may be moved at once to have a window of a fixed size, and steps in which the right to move one more is earned: so many for each
+/// `MOVED_ROWS` of its cache, since moving a short turn costs less than a step that is not replayed and moving a long one more. Groups that change
+/// with every step are not followed.
 const MOVES: usize = 16;
 const STEPS_A_MOVE: usize = 2;
+const MOVED_ROWS: usize = 2048;
+
 /// What slots are wiped with where a test wants to see that nobody reads it: bits of a number that is none.
 const POISON: u8 = 0xFF;
 
@@ -234,11 +237,13 @@ impl KvPool {
         let mut windows = Vec::new();
         for block in 0..self.blocks.len() {
             let mut window = self.window(block, turns)?;
-            if self.fixed
-                && let Some(framed) = self.framed(block, &window, turns)?
-            {
-                windows.push(framed);
-                continue;
+            if self.fixed {
+                if let Some(framed) = self.framed(block, &window, turns)? {
+                    windows.push(framed);
+                    continue;
+                }
+                // Some may have been moved before it was seen that not all can be.
+                window = self.window(block, turns)?;
             }
             let riding = window.riders.iter().filter(|rider| rider.of.is_none()).count();
             if riding > 0 {
@@ -853,13 +858,14 @@ impl KvPool {
         let Some(frame) = frames().min_by_key(|frame| (moves(frame), frame.size, others(frame))) else {
             return Ok(None);
         };
-        let cost = moves(&frame) * STEPS_A_MOVE;
+        let cost = moves(&frame) * STEPS_A_MOVE * capacity.div_ceil(MOVED_ROWS).max(1);
         let wide = window.riders.len() > 2 * count;
-        if found.owed + cost > MOVES * STEPS_A_MOVE && !wide {
+        if found.owed > 0 && found.owed + cost > MOVES * STEPS_A_MOVE && !wide {
             return Ok(None);
         }
         found.owed += cost;
-        if !self.move_into(block, frame, &mut steps)? {
+        // A device without memory to move them has it for the step as it is.
+        if !self.move_into(block, frame, &mut steps).unwrap_or(false) {
             return Ok(None);
         }
         Ok(Some(self.window_of(block, frame, turns)?))
@@ -1330,6 +1336,20 @@ mod tests {
             step(&mut pool, &mut turns, &[0, 2, 3, 4]);
             check(&mut pool, &turns);
         }
+    }
+
+    #[test]
+    fn turns_that_were_moved_in_vain_are_found_where_they_are() {
+        let mut pool = KvPool::new(layout(), 8, None);
+        pool.fix(true);
+        let mut turns = begun(&mut pool, 8, 5);
+        for full in [2, 3, 4, 5, 7] {
+            let count = CONTEXT - turns[full].len;
+            chunk(&mut pool, &mut turns[full], count);
+        }
+        // One of the full ones can be moved out of any four slots, and the next cannot.
+        assert_eq!(frames(&mut pool, &mut turns, &[0, 1, 6]), [None]);
+        check(&mut pool, &turns);
     }
 
     /// The windows of a step: their places and sizes, if they are of fixed ones.

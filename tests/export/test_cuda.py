@@ -397,7 +397,7 @@ def test_a_graph_in_16_bits_for_both_devices_has_the_fused_one_of_its_own(case: 
     assert manifest.read(alone)["graph"]["fused_file"] == "model.fused.onnx"
     model = dm.Model.load(alone, device="cpu")
     assert model.graph == "portable"
-    assert model.unfused == "the bundle's graph was exported for cuda, and runs on cpu as well; its fused one does not"
+    assert model.unfused == "the bundle's graph was exported for cuda and serves cpu as well, where it has no fused one"
     with pytest.raises(dm.BundleError, match=r"exported for cuda.*leave graph out"):
         dm.Model.load(alone, device="cpu", graph="fused")
     assert talk(alone)[1].any()

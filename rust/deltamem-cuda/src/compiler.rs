@@ -2,11 +2,12 @@
 //! `onnxruntime-gpu[cuda]` brings; the Python side opens it from there, so that its name alone finds it here.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::path::Path;
 
 use libloading::Library;
 
-use crate::driver::{c_string, open_library};
+use crate::driver::{c_string, function, open_library};
 use crate::{CudaError, Result};
 
 const NAMES: &[&str] = if cfg!(windows) {
@@ -40,8 +41,8 @@ pub struct Compiler {
     ptx: Text,
     version: (i32, i32),
     architectures: Vec<u32>,
-    // Behind the functions, which lie in it.
-    _library: Library,
+    // The functions lie in it. It is never closed: it has threads and exit handlers of its own, and others in the process use it.
+    _library: ManuallyDrop<Library>,
 }
 
 /// A pair of functions: how long a text is, and the text.
@@ -60,16 +61,10 @@ impl Compiler {
     pub fn open(path: Option<&Path>) -> Result<Self> {
         let library = open_library(path, NAMES, HELP)?;
         macro_rules! function {
-            ($name:literal) => {{
-                let name: &'static str = $name;
+            ($name:literal) => {
                 // SAFETY: each of these names has in NVRTC's documentation (since CUDA 11.2) the type that its place here has.
-                let found = unsafe { library.get(name) };
-                *found.map_err(|error| CudaError::Library {
-                    library: NAMES[0].into(),
-                    found: format!("it has no {name} ({error})"),
-                    help: HELP,
-                })?
-            }};
+                unsafe { function(&library, NAMES[0], $name, HELP) }?
+            };
         }
         let version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> Status = function!("nvrtcVersion");
         let count: unsafe extern "C" fn(*mut c_int) -> Status = function!("nvrtcGetNumSupportedArchs");
@@ -93,7 +88,7 @@ impl Compiler {
             },
             version: (0, 0),
             architectures: Vec::new(),
-            _library: library,
+            _library: ManuallyDrop::new(library),
         };
         let (mut major, mut minor, mut architectures) = (0, 0, 0);
         let mut found = Vec::new();

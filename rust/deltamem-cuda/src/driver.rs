@@ -3,6 +3,7 @@
 //! everybody in the process, so that addresses and streams of the CUDA provider are valid in it.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::mem::ManuallyDrop;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -59,8 +60,8 @@ pub struct Driver {
     upload: unsafe extern "C" fn(u64, *const c_void, usize) -> Status,
     download: unsafe extern "C" fn(*mut c_void, u64, usize) -> Status,
     synchronize: unsafe extern "C" fn(Handle) -> Status,
-    // Behind the functions, which lie in it.
-    _library: Library,
+    // The functions lie in it. It is never closed: it has threads and exit handlers of its own, and others in the process use it.
+    _library: ManuallyDrop<Library>,
 }
 
 /// A card, and the context that the process shares on it.
@@ -100,16 +101,10 @@ impl Driver {
     pub fn open(path: Option<&Path>) -> Result<Arc<Self>> {
         let library = open_library(path, NAMES, HELP)?;
         macro_rules! function {
-            ($name:literal) => {{
-                let name: &'static str = $name;
+            ($name:literal) => {
                 // SAFETY: each of these names has in the driver's documentation (and in every driver since CUDA 4) the type that its field has.
-                let found = unsafe { library.get(name) };
-                *found.map_err(|error| CudaError::Library {
-                    library: NAMES[0].into(),
-                    found: format!("it has no {name} ({error})"),
-                    help: HELP,
-                })?
-            }};
+                unsafe { function(&library, NAMES[0], $name, HELP) }?
+            };
         }
         let driver = Self {
             init: function!("cuInit"),
@@ -129,7 +124,7 @@ impl Driver {
             upload: function!("cuMemcpyHtoD_v2"),
             download: function!("cuMemcpyDtoH_v2"),
             synchronize: function!("cuStreamSynchronize"),
-            _library: library,
+            _library: ManuallyDrop::new(library),
         };
         // SAFETY: 0 is the only flag there is.
         driver.check("starting", unsafe { (driver.init)(0) })?;
@@ -430,6 +425,35 @@ pub(crate) fn open_library(path: Option<&Path>, names: &[&str], help: &'static s
         }
     }
     Err(first.unwrap_or_else(|| CudaError::Call("no library was named".into())))
+}
+
+/// A function of a library's.
+///
+/// # Safety
+/// `F` is the type of a pointer to the function that the library has under that name. It must not be called once the library is closed.
+#[allow(unsafe_code)]
+pub(crate) unsafe fn function<F: Copy>(
+    library: &Library,
+    file: &str,
+    name: &str,
+    help: &'static str,
+) -> Result<F> {
+    const { assert!(size_of::<F>() == size_of::<*const c_void>()) };
+    let address = address(library, file, name, help)?;
+    // SAFETY: as above; both are an address.
+    Ok(unsafe { std::mem::transmute_copy::<*const c_void, F>(&address) })
+}
+
+/// Where a function lies. Apart from its type, so that it is compiled once.
+#[allow(unsafe_code)]
+fn address(library: &Library, file: &str, name: &str, help: &'static str) -> Result<*const c_void> {
+    // SAFETY: it is only an address here.
+    let found = unsafe { library.get::<*const c_void>(name) };
+    found.map(|found| *found).map_err(|error| CudaError::Library {
+        library: file.into(),
+        found: format!("it has no {name} ({error})"),
+        help,
+    })
 }
 
 /// Text for the driver or the compiler.

@@ -284,7 +284,7 @@ KERNEL(propose_many, LEAVES * COLUMNS) {
     __shared__ ALIGNED(16) float x[2][MANY * PART];
     __shared__ float sums[LEAVES][MANY][COLUMNS];
     int lane = threadIdx.x % COLUMNS, leaf = threadIdx.x / COLUMNS, next = threadIdx.x + LEAVES * COLUMNS;
-    i64 column = blockIdx.x % COLUMN_TILES * COLUMNS + lane, first = blockIdx.x / COLUMN_TILES * MANY;
+    i64 column = blockIdx.x % COLUMN_TILES * COLUMNS + lane, first = (i64)blockIdx.x / COLUMN_TILES * MANY;
     float weights[LEAF], total = 0.0f;
     weights_of(&call, 0, leaf, column, weights);
     x[0][threadIdx.x] = hidden_at(&call, first, 0, threadIdx.x);

@@ -1,5 +1,6 @@
 //! The kernels and all that starts them, without a card (see `emulator.c`): held against `deltamem-kernel`, cut in pieces, refused where they are
-//! wrong, kept on disk, and what does not fit. What a card alone can show is not here.
+//! wrong, kept on disk, and what does not fit. What a card alone can show is not here. The emulator is for Linux.
+#![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::too_many_lines, missing_docs)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 

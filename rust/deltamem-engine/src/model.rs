@@ -154,14 +154,23 @@ impl GraphChoice {
         let graph = &manifest.graph;
         let device = manifest.device(graph);
         if device != on {
+            let add = if on == GraphDevice::Cuda {
+                "; add a graph for CUDA with `deltamem-export bundle --device cuda --precision fp16 --into BUNDLE`"
+            } else {
+                ""
+            };
             Some(format!(
-                "the bundle's graph was exported for {device}, and runs on {on} as well; its fused one does not"
+                "the bundle's graph was exported for {device} and serves {on} as well, where it has no fused one{add}"
             ))
         } else if graph.fused_file.is_none() {
             let why = graph.not_fused.as_deref();
             Some(why.map_or_else(
                 || "the bundle has no fused graph; `deltamem-export fuse BUNDLE` adds one".to_owned(),
-                |why| format!("the bundle has no fused graph: {why}"),
+                |why| {
+                    format!(
+                        "the bundle has no fused graph: {why} (`deltamem-export fuse BUNDLE` looks again)"
+                    )
+                },
             ))
         } else {
             None

@@ -801,10 +801,15 @@ fn what_is_missing_is_said_with_what_to_do() {
 #[test]
 fn a_card_newer_than_the_compiler_gets_intermediate_code_and_one_too_old_an_error() {
     let folder = tempfile::tempdir().unwrap();
-    let newer = build(&scratch(folder.path(), "newer"), &["-DARCHITECTURE=121"]);
-    let machine = Machine::open(options(&newer, Cache::default())).unwrap();
-    assert_eq!(machine.describe(), "NVRTC 13.2 for compute_90");
-    machine.kernels(SINGLE).unwrap();
+    for (architecture, target) in [("86", "sm_80"), ("121", "compute_90")] {
+        let library = build(
+            &scratch(folder.path(), architecture),
+            &[&format!("-DARCHITECTURE={architecture}")],
+        );
+        let machine = Machine::open(options(&library, Cache::default())).unwrap();
+        assert_eq!(machine.describe(), format!("NVRTC 13.2 for {target}"));
+        machine.kernels(SINGLE).unwrap();
+    }
     let older = build(&scratch(folder.path(), "older"), &["-DARCHITECTURE=61"]);
     let error = Machine::open(options(&older, Cache::default()))
         .unwrap_err()

@@ -109,19 +109,19 @@ impl Compiler {
         self.version
     }
 
-    /// What it is told to compile for, so that a card of `architecture` takes it: that card's own code where it knows the card, else the newest
-    /// older architecture's intermediate code, which the driver finishes.
+    /// What it is told to compile for, so that a card of `architecture` takes it: code for that card where it knows the card, or for an
+    /// older one of its generation, which runs on it as it is; else the newest older generation's intermediate code, which the driver finishes.
     ///
     /// # Errors
     /// [`CudaError::Compiler`] when the card is older than all that it knows.
     pub fn target(&self, architecture: u32) -> Result<String> {
-        if self.architectures.contains(&architecture) {
-            return Ok(format!("sm_{architecture}"));
-        }
-        let older = self.architectures.iter().filter(|&&known| known < architecture);
-        older
+        let known = self.architectures.iter().filter(|&&known| known <= architecture);
+        known
             .max()
-            .map(|known| format!("compute_{known}"))
+            .map(|known| {
+                let code = if known / 10 == architecture / 10 { "sm" } else { "compute" };
+                format!("{code}_{known}")
+            })
             .ok_or_else(|| CudaError::Compiler {
                 doing: "looking for the card's architecture",
                 found: format!(

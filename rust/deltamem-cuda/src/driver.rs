@@ -410,7 +410,7 @@ pub(crate) fn open_library(path: Option<&Path>, names: &[&str], help: &'static s
         // SAFETY: NVIDIA's libraries do nothing that others could see when they are opened; a path is the caller's own choice.
         unsafe { Library::new(name) }.map_err(|error| CudaError::Library {
             library: name.to_string_lossy().into_owned(),
-            found: error.to_string(),
+            found: said(&error),
             help,
         })
     };
@@ -425,6 +425,11 @@ pub(crate) fn open_library(path: Option<&Path>, names: &[&str], help: &'static s
         }
     }
     Err(first.unwrap_or_else(|| CudaError::Call("no library was named".into())))
+}
+
+/// The system's own words, which the error itself leaves to its source.
+fn said(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// A function of a library's.
@@ -451,7 +456,7 @@ fn address(library: &Library, file: &str, name: &str, help: &'static str) -> Res
     let found = unsafe { library.get::<*const c_void>(name) };
     found.map(|found| *found).map_err(|error| CudaError::Library {
         library: file.into(),
-        found: format!("it has no {name} ({error})"),
+        found: format!("it has no {name} ({})", said(&error)),
         help,
     })
 }

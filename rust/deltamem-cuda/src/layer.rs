@@ -1,5 +1,5 @@
-//! One memory layer's launches: what each kernel is told, how many blocks of it there are, and in which order they go. It allocates nothing, waits for
-//! nothing and loads nothing, so that a run can be captured as a CUDA graph.
+//! One memory layer's launches: what each kernel is told, how many blocks of it there are, and in which order they go. It allocates
+//! nothing, waits for nothing and loads nothing, so that a run can be captured as a CUDA graph.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,21 +1,23 @@
-//! The kernels and all that starts them, without a card (see `emulator.c`): held against `deltamem-kernel`, cut in pieces, refused where they are
-//! wrong, kept on disk, and what does not fit. What a card alone can show is not here. The emulator is for Linux.
+//! The kernels and all that starts them, without a card (see `emulator.c`): held against `deltamem-kernel`, cut in pieces, refused where
+//! they are wrong, kept on disk, and what does not fit. One test runs on a card, where there is one. The emulator is for Linux.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::too_many_lines, missing_docs)]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 
 mod emulator;
+mod nvidia;
 
 use std::sync::Arc;
 
 use deltamem_core::{Gates, UpdateMode};
 use deltamem_cuda::{
-    Buffer, Cache, Call, Correction, CudaError, Driver, Element, Kernels, Layer, Machine, Rows, SOURCE,
-    Sizes, Target, Values,
+    Buffer, Cache, Call, Correction, CudaError, Driver, Element, Kernels, Layer, Machine, Options, Rows,
+    SOURCE, Sizes, Target, Values,
 };
 use deltamem_kernel as kernel;
 
 use crate::emulator::{build, counted, machine, mend, options, scratch};
+use crate::nvidia::nvrtc_in_wheels;
 
 const SINGLE: Sizes = Sizes {
     heads: 1,
@@ -475,32 +477,33 @@ fn all_sizes() -> Vec<Sizes> {
     all
 }
 
-#[test]
-fn the_kernels_compute_what_the_processors_own_layer_computes_and_cuts_never_show() {
+/// Holds kernels of all sizes against the processor's own layer, `cases` drawn ones of each, whole and cut. States may be off by `allowed`,
+/// the decoder's numbers by four times as much, since a norm makes what is small larger. How far the states were off.
+fn hold(machine: &Machine, cases: usize, allowed: f32) -> f32 {
     let mut dice = Dice(0x5EED);
-    let (mut furthest, mut runs) = (0.0_f32, 0);
+    let mut furthest = 0.0_f32;
     for sizes in all_sizes() {
-        let kernels = machine().kernels(sizes).unwrap();
-        for _ in 0..2 {
+        let kernels = machine.kernels(sizes).unwrap();
+        for _ in 0..cases {
             let case = Case::draw(sizes, &mut dice);
             let whole = case.run(&kernels, &[case.tokens]);
             let (state, values) = case.wanted();
             let found: Vec<f32> = whole.state.iter().map(|&bits| f32::from_bits(bits)).collect();
             let off = apart(&found, &state);
             furthest = furthest.max(off);
-            assert!(off < 2e-5, "states off by {off}: {sizes:?}");
+            assert!(off < allowed, "states off by {off}: {sizes:?}");
             for (n, (found, wanted)) in whole.values.iter().zip(&values).enumerate() {
                 let found: Vec<f32> = found.iter().map(|&bits| widen(sizes.element, bits)).collect();
                 let off = apart(&found, wanted);
-                let allowed = match sizes.element {
-                    Element::Single => 2e-5,
-                    Element::Half => 2e-5 + 1.0 / 2048.0,
-                    Element::Brain => 2e-5 + 1.0 / 256.0,
+                let rounding = match sizes.element {
+                    Element::Single => 0.0,
+                    Element::Half => 1.0 / 2048.0,
+                    Element::Brain => 1.0 / 256.0,
                 };
+                let width = case.width;
                 assert!(
-                    off < allowed,
-                    "value {n} off by {off}: {sizes:?}, width {}",
-                    case.width
+                    off < 4.0 * allowed + rounding,
+                    "value {n} off by {off}: {sizes:?}, width {width}"
                 );
             }
             // One by one, and at drawn places.
@@ -512,10 +515,36 @@ fn the_kernels_compute_what_the_processors_own_layer_computes_and_cuts_never_sho
             for ends in [single, drawn] {
                 assert_eq!(case.run(&kernels, &ends), whole, "cut at {ends:?}: {sizes:?}");
             }
-            runs += 1;
         }
     }
-    println!("{runs} cases, states off by {furthest:e} at most");
+    furthest
+}
+
+#[test]
+fn the_kernels_compute_what_the_processors_own_layer_computes_and_cuts_never_show() {
+    println!("states off by {:e} at most", hold(machine(), 2, 5e-6));
+}
+
+/// The same on a card, where there is one. Run it with `--nocapture`: it says whether it did.
+#[test]
+fn so_they_do_on_a_card() {
+    let device = match Driver::open(None).and_then(|driver| driver.device(0)) {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            return;
+        }
+    };
+    let mut options = Options::of_device(0);
+    options.cache = Cache::default();
+    options.compiler = nvrtc_in_wheels().into_iter().next();
+    let machine = Machine::open(options).unwrap();
+    let off = hold(&machine, 8, 1e-5);
+    println!(
+        "{}, compute capability {}: states off by {off:e} at most",
+        machine.describe(),
+        device.architecture()
+    );
 }
 
 #[test]
@@ -737,7 +766,7 @@ fn what_is_missing_is_said_with_what_to_do() {
     let nowhere = folder.path().join("nowhere.so");
     let error = Driver::open(Some(&nowhere)).unwrap_err().to_string();
     assert!(
-        error.contains("nowhere.so") && error.contains("install the driver"),
+        error.contains("cannot open shared object file") && error.contains("install the driver"),
         "{error}"
     );
     let library = build(folder.path(), &[]);
@@ -749,7 +778,10 @@ fn what_is_missing_is_said_with_what_to_do() {
     let mut wrong = options(&library, Cache::default());
     wrong.driver = Some("libm.so.6".into());
     let error = Machine::open(wrong).unwrap_err().to_string();
-    assert!(error.contains("cuInit"), "{error}");
+    assert!(
+        error.contains("it has no cuInit") && error.contains("undefined symbol"),
+        "{error}"
+    );
     // A card that is not there, and no card at all.
     let mut second = options(&library, Cache::default());
     second.device = 1;
@@ -769,10 +801,15 @@ fn what_is_missing_is_said_with_what_to_do() {
 #[test]
 fn a_card_newer_than_the_compiler_gets_intermediate_code_and_one_too_old_an_error() {
     let folder = tempfile::tempdir().unwrap();
-    let newer = build(&scratch(folder.path(), "newer"), &["-DARCHITECTURE=121"]);
-    let machine = Machine::open(options(&newer, Cache::default())).unwrap();
-    assert_eq!(machine.describe(), "NVRTC 13.2 for compute_90");
-    machine.kernels(SINGLE).unwrap();
+    for (architecture, target) in [("86", "sm_80"), ("121", "compute_90")] {
+        let library = build(
+            &scratch(folder.path(), architecture),
+            &[&format!("-DARCHITECTURE={architecture}")],
+        );
+        let machine = Machine::open(options(&library, Cache::default())).unwrap();
+        assert_eq!(machine.describe(), format!("NVRTC 13.2 for {target}"));
+        machine.kernels(SINGLE).unwrap();
+    }
     let older = build(&scratch(folder.path(), "older"), &["-DARCHITECTURE=61"]);
     let error = Machine::open(options(&older, Cache::default()))
         .unwrap_err()

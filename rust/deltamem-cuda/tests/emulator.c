@@ -67,7 +67,16 @@ static const char prelude[] =
 
 // ---- Errors
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
+enum {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    NOT_FOUND = 500,
+    LAUNCH_FAILED = 719
+};
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int broken; // as on a card: nothing goes on behind a kernel that failed
@@ -404,7 +413,9 @@ struct program {
     size_t image_bytes;
 };
 
-const char *nvrtcGetErrorString(int code) { return code == 0 ? "NVRTC_SUCCESS" : code == 6 ? "NVRTC_ERROR_COMPILATION" : "NVRTC_ERROR_INVALID_INPUT"; }
+const char *nvrtcGetErrorString(int code) {
+    return code == 0 ? "NVRTC_SUCCESS" : code == 6 ? "NVRTC_ERROR_COMPILATION" : "NVRTC_ERROR_INVALID_INPUT";
+}
 int nvrtcVersion(int *major, int *minor) {
     *major = 13;
     *minor = 2;
@@ -420,7 +431,8 @@ int nvrtcGetSupportedArchs(int *out) {
     return 0;
 }
 
-int nvrtcCreateProgram(struct program **out, const char *source, const char *name, int headers, const char *const *texts, const char *const *names) {
+int nvrtcCreateProgram(struct program **out, const char *source, const char *name, int headers, const char *const *texts,
+                       const char *const *names) {
     (void)name, (void)texts, (void)names;
     if (headers) return 3;
     *out = calloc(1, sizeof **out);

@@ -1,10 +1,12 @@
 //! The kernels' text through NVIDIA's own compiler, where there is one: no card is needed for that. Without one the test says so and ends.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
-use std::path::{Path, PathBuf};
+mod nvidia;
 
 use deltamem_core::{Gates, UpdateMode};
 use deltamem_cuda::{Compiler, Element, SOURCE, Sizes};
+
+use crate::nvidia::nvrtc_in_wheels;
 
 const RELEASED: Sizes = Sizes {
     heads: 1,
@@ -16,32 +18,9 @@ const RELEASED: Sizes = Sizes {
     element: Element::Half,
 };
 
-/// NVRTC in NVIDIA's wheels beside the Python that `PYO3_PYTHON` or `VIRTUAL_ENV` names, in the project's `.venv`, or the system's.
+/// The one in NVIDIA's wheels, or the system's.
 fn compiler() -> Option<Compiler> {
-    let python = std::env::var_os("PYO3_PYTHON").map(PathBuf::from);
-    let beside = python.as_deref().and_then(Path::parent).and_then(Path::parent);
-    let folders = [
-        beside.map(Path::to_path_buf),
-        std::env::var_os("VIRTUAL_ENV").map(PathBuf::from),
-        Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv")),
-    ];
-    let all = |folder: PathBuf| {
-        std::fs::read_dir(folder)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path())
-    };
-    let mut libraries = folders
-        .into_iter()
-        .flatten()
-        .flat_map(|folder| all(folder.join("lib")))
-        .flat_map(|python| all(python.join("site-packages").join("nvidia")))
-        .flat_map(|wheel| all(wheel.join("lib")))
-        .filter(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with("libnvrtc.so.")
-        });
+    let mut libraries = nvrtc_in_wheels().into_iter();
     let found = libraries.find_map(|path| Compiler::open(Some(&path)).ok());
     found.or_else(|| Compiler::open(None).ok())
 }

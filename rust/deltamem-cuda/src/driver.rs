@@ -73,6 +73,12 @@ pub struct Device {
     architecture: u32,
 }
 
+/// A card's context as that of this thread.
+pub(crate) struct Entered<'a> {
+    device: &'a Device,
+    before: Handle,
+}
+
 /// Compiled kernels on a card.
 #[derive(Debug)]
 pub(crate) struct Module {
@@ -188,24 +194,28 @@ impl Device {
         self.architecture
     }
 
-    /// Makes the card's context that of this thread. CUDA's runtime library, which ONNX Runtime uses, has the same one.
+    /// Makes the card's context that of this thread, until what comes back is dropped: others in the process go by it too. In a run of ONNX
+    /// Runtime's it is so already.
     #[allow(unsafe_code)]
-    pub(crate) fn enter(&self) -> Result<()> {
-        let mut current = 0;
+    pub(crate) fn enter(&self) -> Result<Entered<'_>> {
+        let mut before = 0;
         // SAFETY: the out-pointer is valid, and the context is held since the device was opened.
         let code = unsafe {
-            if (self.driver.context_current)(&raw mut current) == 0 && current == self.context {
-                return Ok(());
+            let code = (self.driver.context_current)(&raw mut before);
+            if code == 0 && before != self.context {
+                (self.driver.context_enter)(self.context)
+            } else {
+                code
             }
-            (self.driver.context_enter)(self.context)
         };
-        self.driver.check("entering the card's context", code)
+        self.driver.check("entering the card's context", code)?;
+        Ok(Entered { device: self, before })
     }
 
     /// Loads what the compiler made.
     #[allow(unsafe_code)]
     pub(crate) fn load(self: &Arc<Self>, image: &[u8]) -> Result<Module> {
-        self.enter()?;
+        let _entered = self.enter()?;
         let mut handle = 0;
         // SAFETY: the image is whole, as the compiler made it or as its hash says, and it says itself how long it is; behind PTX, which is
         // text, stands the NUL byte that `Compiler` leaves there.
@@ -223,7 +233,7 @@ impl Device {
     /// [`CudaError::Driver`] when it has no more.
     #[allow(unsafe_code)]
     pub fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
-        self.enter()?;
+        let _entered = self.enter()?;
         let mut address = 0;
         // SAFETY: the out-pointer is valid. A block of nothing is refused by the driver, so there is always something.
         let code = unsafe { (self.driver.allocate)(&raw mut address, bytes.max(1)) };
@@ -251,7 +261,7 @@ impl Device {
     /// [`CudaError::Driver`] when something that ran there failed.
     #[allow(unsafe_code)]
     pub fn synchronize(&self, stream: usize) -> Result<()> {
-        self.enter()?;
+        let _entered = self.enter()?;
         // SAFETY: the stream is 0 or the caller's own handle; a wrong one is refused by the driver.
         let code = unsafe { (self.driver.synchronize)(stream) };
         self.driver.check("waiting for the card", code)
@@ -292,6 +302,16 @@ impl Device {
     }
 }
 
+impl Drop for Entered<'_> {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if self.before != self.device.context {
+            // SAFETY: it was this thread's a moment ago; none is one too.
+            unsafe { (self.device.driver.context_enter)(self.before) };
+        }
+    }
+}
+
 impl Drop for Device {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
@@ -304,7 +324,7 @@ impl Module {
     /// The kernel of a name.
     #[allow(unsafe_code)]
     pub(crate) fn function(&self, name: &CStr) -> Result<Function> {
-        self.device.enter()?;
+        let _entered = self.device.enter()?;
         let mut handle = 0;
         // SAFETY: the module is loaded, the name ends with NUL, the out-pointer is valid.
         let code =
@@ -322,7 +342,7 @@ impl Module {
 impl Drop for Module {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
+        if let Ok(_entered) = self.device.enter() {
             // SAFETY: it was loaded once, and nobody has its functions any more: a session's runs are over when its kernels go.
             unsafe { (self.device.driver.module_unload)(self.handle) };
         }
@@ -354,6 +374,7 @@ impl Buffer {
     #[allow(unsafe_code)]
     pub fn upload<T: Plain>(&mut self, numbers: &[T]) -> Result<()> {
         self.fits(size_of_val(numbers))?;
+        let _entered = self.device.enter()?;
         // SAFETY: so many bytes are there on both sides, as was just seen.
         let code = unsafe {
             (self.device.driver.upload)(self.address, numbers.as_ptr().cast(), size_of_val(numbers))
@@ -369,6 +390,7 @@ impl Buffer {
     pub fn download<T: Plain>(&self, count: usize) -> Result<Vec<T>> {
         let mut numbers = vec![T::default(); count];
         self.fits(size_of_val(numbers.as_slice()))?;
+        let _entered = self.device.enter()?;
         // SAFETY: so many bytes are there on both sides, as was just seen, and any bits are a number.
         let code = unsafe {
             (self.device.driver.download)(
@@ -382,7 +404,6 @@ impl Buffer {
     }
 
     fn fits(&self, bytes: usize) -> Result<()> {
-        self.device.enter()?;
         if bytes <= self.bytes {
             return Ok(());
         }
@@ -396,7 +417,7 @@ impl Buffer {
 impl Drop for Buffer {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
+        if let Ok(_entered) = self.device.enter() {
             // SAFETY: it was allocated once, at this address; the driver waits for what runs before it frees.
             unsafe { (self.device.driver.free)(self.address) };
         }
@@ -408,10 +429,11 @@ impl Drop for Buffer {
 pub(crate) fn open_library(path: Option<&Path>, names: &[&str], help: &'static str) -> Result<Library> {
     let open = |name: &std::ffi::OsStr| {
         // SAFETY: NVIDIA's libraries do nothing that others could see when they are opened; a path is the caller's own choice.
-        unsafe { Library::new(name) }.map_err(|error| CudaError::Library {
-            library: name.to_string_lossy().into_owned(),
-            found: said(&error),
-            help,
+        unsafe { Library::new(name) }.map_err(|error| {
+            let (library, found) = (name.to_string_lossy().into_owned(), said(&error));
+            // The system begins with the name as well.
+            let found = found.trim_start_matches(&format!("{library}: ")).to_owned();
+            CudaError::Library { library, found, help }
         })
     };
     if let Some(path) = path {

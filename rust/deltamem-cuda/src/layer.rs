@@ -250,7 +250,7 @@ impl Layer {
         let tiles = sizes.proposal_width().div_ceil(COLUMNS);
         let slices: usize = raw.slices.try_into().unwrap_or(0);
         let device = self.kernels.device();
-        device.enter()?;
+        let _entered = device.enter()?;
         let start = |function: Function, blocks: &[usize], threads: u32| {
             // SAFETY: the kernels take a `RawCall`, as `CALL_BYTES` assured when they were compiled. Its addresses are the caller's, its sizes
             // were checked against the targets, and the module is that of `self.kernels`.

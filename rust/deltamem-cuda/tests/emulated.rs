@@ -758,6 +758,12 @@ fn a_machine_is_shared_while_somebody_has_it() {
     ));
     assert_eq!(machine.describe(), "NVRTC 13.2 for sm_90");
     assert_eq!(machine.device().architecture(), 90);
+    // Others in the process go by the thread's context: it is as it was.
+    let kernels = machine.kernels(SINGLE).unwrap();
+    let case = Case::draw(SINGLE, &mut Dice(13));
+    case.run(&kernels, &[case.tokens]);
+    drop(kernels);
+    assert_eq!(counted(&library, "emulator_entered"), 0);
 }
 
 #[test]

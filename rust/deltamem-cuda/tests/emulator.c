@@ -119,13 +119,15 @@ int cuDevicePrimaryCtxRetain(void **out, int device) {
     return device < DEVICES ? SUCCESS : INVALID_DEVICE;
 }
 int cuDevicePrimaryCtxRelease_v2(int device) { return device < DEVICES ? SUCCESS : INVALID_DEVICE; }
+// Whether somebody left a context behind on this thread.
+unsigned long emulator_entered(void) { return current != NULL; }
 int cuCtxGetCurrent(void **out) {
     *out = current;
     return SUCCESS;
 }
 int cuCtxSetCurrent(void *own) {
     current = own;
-    return own == &context ? SUCCESS : INVALID_VALUE;
+    return !own || own == &context ? SUCCESS : INVALID_VALUE;
 }
 
 // ---- Memory: whole pages, with one on either side that nobody may touch; the block ends at the upper one, or a few bytes below it.

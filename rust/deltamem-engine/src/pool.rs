@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::buffer::{Buffer, Groups, Home, devices};
 use crate::device::DeviceBuffer;
-use crate::device::mover::{Doing, Fence};
+use crate::device::mover::{Doing, Fence, Trial};
 use crate::error::{EngineError, Result};
 use crate::kv::{FIRST_CAPACITY, KvCache, KvLayout, KvTensor};
 use crate::turn::Pooled;
@@ -1050,7 +1050,15 @@ impl Job {
         let Some(trial) = buffers.first().map(|buffer| buffer.memory().trial()) else {
             return Ok(());
         };
-        trial.job_begins()?;
+        let first = buffers[0].address().addr().get() + self.groups.start;
+        let addresses = first..first + self.bytes;
+        trial.touches(false, &addresses);
+        let done = trial.job_begins().and_then(|()| self.moves(&buffers, trial));
+        trial.leaves(false, &addresses);
+        done
+    }
+
+    fn moves(&self, buffers: &[&DeviceBuffer], trial: &Trial) -> Result<()> {
         match &self.what {
             Todo::Nothing => Ok(()),
             Todo::Wipe if trial.poisons() => {
@@ -1059,8 +1067,8 @@ impl Job {
                     .iter()
                     .try_for_each(|buffer| buffer.upload(self.groups.start, bytemuck::cast_slice(&poison)))
             }
-            Todo::Wipe => DeviceBuffer::zero_all(&buffers, self.groups.start, self.bytes),
-            Todo::Fill(prefix) => prefix.fill(&buffers, self.groups),
+            Todo::Wipe => DeviceBuffer::zero_all(buffers, self.groups.start, self.bytes),
+            Todo::Fill(prefix) => prefix.fill(buffers, self.groups),
         }
     }
 }

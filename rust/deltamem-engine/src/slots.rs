@@ -198,6 +198,11 @@ impl Bound<'_> {
             Self::Device(slots, held) => {
                 let (bytes, shape);
                 (*held, bytes, shape) = slots.pool.lock().shared(stretch);
+                if let Some(buffer) = held.first() {
+                    let first = buffer.address().addr().get();
+                    let addresses = first + bytes.start..first + bytes.end;
+                    buffer.memory().trial().touches(true, &addresses);
+                }
                 let tensors = held.iter().map(|buffer| KvTensor::device(buffer, bytes.clone()));
                 (tensors.collect(), shape)
             }
@@ -209,7 +214,10 @@ impl Drop for Bound<'_> {
     fn drop(&mut self) {
         match self {
             Self::Host(slots, pool) => slots.clear_released(pool),
-            Self::Device(slots, _) => {
+            Self::Device(slots, held) => {
+                if let Some(buffer) = held.first() {
+                    buffer.memory().trial().leaves(true, &(0..0));
+                }
                 if slots.pool.lock().land() {
                     slots.ask();
                 }

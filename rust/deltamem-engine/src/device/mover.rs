@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -153,7 +154,8 @@ pub struct Disturbance {
     pub fail_beside: u32,
     /// So many moves fail, whoever makes them.
     pub fail_moves: u32,
-    /// Slots are wiped with bits that are NaN instead of zeros, and looked at before they are used.
+    /// Slots are wiped with bits that are NaN instead of zeros, and looked at before they are used; and where runs and jobs touch the same bytes at
+    /// the same time, every move fails from then on.
     pub poison: bool,
 }
 
@@ -164,6 +166,9 @@ pub(crate) struct Trial {
     what: Mutex<Disturbance>,
     changed: Condvar,
     random: Mutex<u64>,
+    /// The addresses that runs (true) and jobs touch now.
+    touched: Mutex<Vec<(bool, Range<usize>)>>,
+    collided: AtomicBool,
 }
 
 impl Trial {
@@ -200,7 +205,37 @@ impl Trial {
         if !self.on.load(Ordering::Relaxed) {
             return Ok(());
         }
+        if self.collided.load(Ordering::Relaxed) {
+            return Err(EngineError::Device(
+                "a run and a job have touched the same bytes at the same time; please report this".into(),
+            ));
+        }
         failing(&mut self.what.lock().fail_moves)
+    }
+
+    /// A run, or a job, touches these addresses from here on.
+    pub(crate) fn touches(&self, run: bool, addresses: &Range<usize>) {
+        if !self.poisons() {
+            return;
+        }
+        let mut touched = self.touched.lock();
+        // Runs are made one after another, and may bind what they had before.
+        let collides = |(other, range): &(bool, Range<usize>)| {
+            !(run && *other) && range.start < addresses.end && addresses.start < range.end
+        };
+        if touched.iter().any(collides) {
+            self.collided.store(true, Ordering::Relaxed);
+        }
+        touched.push((run, addresses.clone()));
+    }
+
+    /// It does no longer; a run all that it did.
+    pub(crate) fn leaves(&self, run: bool, addresses: &Range<usize>) {
+        if self.on.load(Ordering::Relaxed) {
+            self.touched
+                .lock()
+                .retain(|(other, range)| *other != run || !run && range != addresses);
+        }
     }
 
     /// Whether slots are wiped with what nobody must ever see.

@@ -285,8 +285,8 @@ impl KvPool {
             // What rode along may have left rows in slots that nobody had.
             let (slots, capacity) = (block.slots.len(), block.capacity);
             let kept = if self.fixed { FIXED_ROWS } else { KEPT_ROWS };
-            let wiped =
-                (place.block == 0 && slots * capacity <= kept) && self.wipe_block(place.block).is_ok();
+            let wiped = (place.block == 0 && slots * capacity <= kept)
+                && (0..slots).all(|slot| self.wipe(Place { slot, ..place }).is_ok());
             if !wiped {
                 self.blocks[place.block] = Block::default();
             }
@@ -704,29 +704,6 @@ impl KvPool {
         Buffer::wipe(&mut block.buffers, Groups { start, rows }, heads, used, row)?;
         block.slots[place.slot].written = 0;
         Ok(())
-    }
-
-    /// Wipes all that was written in a block: on a device by one run from the first slot of that to the last.
-    fn wipe_block(&mut self, block: usize) -> Result<()> {
-        let written = |slot: &Slot| slot.written > 0;
-        let slots = &self.blocks[block].slots;
-        if let (Some(_), Some(first), Some(last)) = (
-            &self.home,
-            slots.iter().position(written),
-            slots.iter().rposition(written),
-        ) {
-            let (row, count, start) = (
-                self.row(),
-                (last + 1 - first) * self.layout.heads,
-                first * self.slot_bytes(block),
-            );
-            let block = &mut self.blocks[block];
-            let rows = block.capacity;
-            Buffer::wipe(&mut block.buffers, Groups { start, rows }, count, rows, row)?;
-            block.slots.iter_mut().for_each(|slot| slot.written = 0);
-            return Ok(());
-        }
-        (0..self.blocks[block].slots.len()).try_for_each(|slot| self.wipe(Place { block, slot }))
     }
 
     /// Moves a turn into a free slot of an earlier block, if there is one.

@@ -25,8 +25,10 @@ def interrupted(call: Callable[[], object], wait: float) -> bool:
         call()
     except KeyboardInterrupt:
         caught = True
-    try:
-        thread.join()
-    except KeyboardInterrupt:
-        thread.join()
+    finally:
+        # Whatever the call ended with, the key press is not left to somebody else.
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            thread.join()
     return caught

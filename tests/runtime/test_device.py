@@ -321,15 +321,14 @@ def test_one_step_of_sessions_with_different_settings(parity_bundle) -> None:
     with cpu.session() as session:
         session.feed(ids(5, 77))
         logits = np.stack([session.feed([token], logits=True)[0] for token in ids(40, 78)])
-    *found, found_logits = beside_prompts(
-        device,
-        ids(500, 99),
-        [*(lambda s=seed, e=each: reply(device, ids(9, s), 40, **e) for seed, each in enumerate(settings)), fed],
-    )
+    jobs = [*(lambda s=seed, e=each: reply(device, ids(9, s), 40, **e) for seed, each in enumerate(settings)), fed]
+    before = device.stats
+    *found, found_logits = until_shared(device, lambda: beside_prompts(device, ids(500, 99), jobs), least=1.0)
     assert found == expected
     np.testing.assert_allclose(found_logits, logits, rtol=0, atol=1e-5)
-    assert device.stats.largest_step > 1
-    assert device.stats.best_rows == sum(map(len, found[: len(SETTINGS)]))
+    rounds, left = divmod(device.stats.best_rows - before.best_rows, sum(map(len, found[: len(SETTINGS)])))
+    assert rounds > 0
+    assert left == 0
 
 
 def test_a_reply_goes_on_with_other_settings_from_the_same_logits(models, changed) -> None:
@@ -592,13 +591,17 @@ def test_a_call_that_is_broken_off_gives_back_a_state_that_others_stepped_over(m
                     else:
                         np.testing.assert_allclose(found, reference.feed([token], logits=True), rtol=0, atol=1e-5)
                 before, position = session.memory_dlpack() if attempt % 2 else None, session.position
-                if interrupted(lambda: session.feed(ids(1500, 3)), 0.02):
+                caught = interrupted(lambda: session.feed(ids(1500, 3)), 0.02)
+                # A busy processor may bring the key press behind the whole of the call.
+                if caught and session.position == position:
                     broken += 1
-                    assert session.position == position
                     if before is not None:
                         same(np.from_dlpack(before), session.memory)
                 else:
+                    assert session.position == position + 1500
                     reference.feed(ids(1500, 3))
+                    session.end_turn()  # the context has room for one of these
+                    reference.end_turn()
                 if alike:
                     same(session.memory, reference.memory)
                 else:
@@ -634,12 +637,18 @@ def test_a_turn_that_fills_its_cache_is_not_padded_with(models, alike) -> None:
         for session in (full, reference):
             session.feed(ids(255))
             session.feed([9])
-        for _ in range(3):
+        alone = [user.play(models[0]) for user in users]
+        captured = 0.0
+        # Two or three at a time meet in few windows, each of which is captured when it is met for the third time.
+        for _ in range(12):
             found = together([lambda u=user: u.play(model) for user in users])
-            for user, parts in zip(users, found, strict=True):
-                agree(parts, user.play(models[0]), alike)
+            for parts, expected in zip(found, alone, strict=True):
+                agree(parts, expected, alike)
+            captured = model.stats.captured_steps / model.stats.steps
+            if captured > 0.5:
+                break
         agree(*([session.feed(ids(5, 1), logits=True), session.memory] for session in (full, reference)), alike)
-    assert model.stats.captured_steps > model.stats.steps / 2
+    assert captured > 0.5
     assert model.unbatched is None
 
 

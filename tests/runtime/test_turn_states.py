@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -184,15 +185,20 @@ def test_a_call_that_is_interrupted_takes_everything_back(model: dm.Model) -> No
     with model.session() as never:
         never.feed(start)
         wanted = never.feed(rest, logits=True)
-    for attempt in range(30):
+    with model.session() as timed:
+        timed.feed(start)
+        began = time.perf_counter()
+        timed.feed(long)
+        takes = time.perf_counter() - began
+    for attempt in range(40):
         with model.session() as session:
             session.feed(start)
             before = session.snapshot().to_bytes()
-            if interrupted(lambda: session.feed(long), 0.003 * (attempt + 1)) and session.position == 30:
+            if interrupted(lambda: session.feed(long), takes * (attempt % 8 + 1) / 10) and session.position == 30:
                 assert session.snapshot().to_bytes() == before
                 np.testing.assert_array_equal(session.feed(rest, logits=True), wanted)
                 return
-    pytest.fail("thirty feeds were never interrupted")
+    pytest.fail("forty feeds were never interrupted")
 
 
 # A graph made by hand: sums of all ids, in caches of int8 and in a state of each type

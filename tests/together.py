@@ -64,6 +64,11 @@ def beside_prompts(model: dm.Model, prompt: np.ndarray, jobs: Sequence[Callable[
     return results
 
 
+def shared(before: dm.ModelStats, after: dm.ModelStats) -> float:
+    """Sessions in a step, on average."""
+    return (after.step_tokens - before.step_tokens) / max(1, after.steps - before.steps)
+
+
 def until_shared(model: dm.Model, play: Callable[[], Any], least: float = 1.1, times: int = 6) -> Any:
     """What `play` gives, played again until its steps had more sessions than `least` on average: how many threads a busy machine wakes in
     time is its own affair, that steps are shared is not.
@@ -71,8 +76,7 @@ def until_shared(model: dm.Model, play: Callable[[], Any], least: float = 1.1, t
     for _ in range(times):
         before = model.stats
         found = play()
-        after = model.stats
-        sessions = (after.step_tokens - before.step_tokens) / max(1, after.steps - before.steps)
+        sessions = shared(before, model.stats)
         if sessions > least:
             return found
     raise AssertionError(f"{sessions:.2f} sessions in a step, expected over {least}, in {times} tries")

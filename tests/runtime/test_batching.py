@@ -17,7 +17,7 @@ import deltamem_rt as dm
 from grafted import Grafted
 from interrupted import interrupted
 from sealing import snapshot_with
-from together import beside_prompts, together, until_shared
+from together import beside_prompts, shared, together, until_shared
 
 # One row of a product is summed in another order when there are more rows.
 LOGITS = STATES = 1e-5
@@ -58,11 +58,6 @@ class Talk(NamedTuple):
 def assert_equal(found: tuple[np.ndarray, np.ndarray], alone: tuple[np.ndarray, np.ndarray], logits: float) -> None:
     np.testing.assert_allclose(found[0], alone[0], rtol=0, atol=logits)
     np.testing.assert_allclose(found[1], alone[1], rtol=0, atol=STATES if logits == LOGITS else logits)
-
-
-def shared(before: dm.ModelStats, after: dm.ModelStats) -> float:
-    """Sessions in a step, on average."""
-    return (after.step_tokens - before.step_tokens) / max(1, after.steps - before.steps)
 
 
 # what each gets

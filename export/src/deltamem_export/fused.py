@@ -34,6 +34,7 @@ and sums in another order.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +218,7 @@ class _Target:
     corrections: Sequence[tuple[int, int, int]] = ()
 
 
-class _Layer:
+class _Layer(ABC):
     """One memory layer as it lies in the portable graph. Making one reads, `place` changes the graph. What the operators of the two devices
     differ in stands in the two classes below."""
 
@@ -264,18 +265,18 @@ class _Layer:
         if "o" in placed:
             self.targets.append(self._output(placed["o"]))
 
+    @abstractmethod
     def _hidden(self, networks: ir.Node) -> ir.Value:
         """The attention's input, which the networks are multiplied with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _set_up(self, memory: Mapping[str, Any], precision: str, ends: Mapping[str, ir.Value]) -> None:
         """What else the operator has. precision: the graph's; ends: the graph's inputs by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _norm(self, value: ir.Value, width: int) -> tuple[ir.Value, ir.Value, float] | None:
         """An RMS norm of every head behind a projection, where the operator takes it in: what comes out of it in the projection's
         shape, its weights, its epsilon."""
-        raise NotImplementedError
 
     def place(self) -> None:
         """Puts the node in and gives what it makes to whoever took what was there."""

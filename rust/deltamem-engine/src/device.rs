@@ -459,15 +459,27 @@ impl DeviceBuffer {
         Ok(())
     }
 
-    /// Copies `bytes` bytes between many, in the same place of each.
+    /// Copies `bytes` bytes between many, in the same place of each. Two may be the same where the parts do not overlap.
     pub(crate) fn copy_all(
-        buffers: &[&Self],
+        to: &[&Self],
         start: usize,
-        others: &[&Self],
-        other_start: usize,
+        from: &[&Self],
+        from_start: usize,
         bytes: usize,
     ) -> Result<()> {
-        copies(buffers, start, others, other_start, bytes)
+        let Some(first) = to.first() else {
+            return Ok(());
+        };
+        let shape = [in_whole_words(bytes)?];
+        let from = from
+            .iter()
+            .map(|buffer| Tensor::words(buffer, from_start, &shape))
+            .collect::<Result<Vec<_>>>()?;
+        let mut to = to
+            .iter()
+            .map(|buffer| Tensor::words(buffer, start, &shape))
+            .collect::<Result<Vec<_>>>()?;
+        first.memory.work(Move::Copy, &from, &[], &mut to)
     }
 
     /// Has two parts that do not overlap change places, in each of these. On an error they are as they were, as far as the device does anything.
@@ -477,14 +489,14 @@ impl DeviceBuffer {
             .map(|buffer| buffer.memory.allocate(bytes))
             .collect::<Result<Vec<_>>>()?;
         let aside: Vec<_> = aside.iter().collect();
-        copies(&aside, 0, buffers, a, bytes)?;
-        copies(buffers, a, buffers, b, bytes).inspect_err(|_| {
+        Self::copy_all(&aside, 0, buffers, a, bytes)?;
+        Self::copy_all(buffers, a, buffers, b, bytes).inspect_err(|_| {
             // What was there first is what is told of.
-            let _ = copies(buffers, a, &aside, 0, bytes);
+            let _ = Self::copy_all(buffers, a, &aside, 0, bytes);
         })?;
-        copies(buffers, b, &aside, 0, bytes).inspect_err(|_| {
-            let _ = copies(buffers, b, buffers, a, bytes);
-            let _ = copies(buffers, a, &aside, 0, bytes);
+        Self::copy_all(buffers, b, &aside, 0, bytes).inspect_err(|_| {
+            let _ = Self::copy_all(buffers, b, buffers, a, bytes);
+            let _ = Self::copy_all(buffers, a, &aside, 0, bytes);
         })
     }
 
@@ -556,29 +568,6 @@ impl DeviceBuffer {
             .collect::<Result<Vec<_>>>()?;
         memory.work(Move::Rows, &from, &more, &mut to)
     }
-}
-
-/// Copies parts of buffers into parts of buffers, which may be the same where the parts do not overlap.
-fn copies(
-    to: &[&DeviceBuffer],
-    start: usize,
-    from: &[&DeviceBuffer],
-    from_start: usize,
-    bytes: usize,
-) -> Result<()> {
-    let Some(first) = to.first() else {
-        return Ok(());
-    };
-    let shape = [in_whole_words(bytes)?];
-    let from = from
-        .iter()
-        .map(|buffer| Tensor::words(buffer, from_start, &shape))
-        .collect::<Result<Vec<_>>>()?;
-    let mut to = to
-        .iter()
-        .map(|buffer| Tensor::words(buffer, start, &shape))
-        .collect::<Result<Vec<_>>>()?;
-    first.memory.work(Move::Copy, &from, &[], &mut to)
 }
 
 impl DeviceBuffer {

@@ -40,7 +40,7 @@ pub use device::mover::Disturbance;
 pub use error::EngineError;
 pub use generation::{FinishReason, Generation, GenerationOptions, GenerationStats};
 pub use model::{Device, GraphChoice, LoadOptions, Model, examine_cuda};
-pub use operator::{EMULATED_CARD, examine_kernels, kernel_instructions, product_instructions};
+pub use operator::{examine_kernels, kernel_instructions, product_instructions};
 pub use prefix::Prefix;
 pub use running::RunStats;
 pub use runtime::Runtime;

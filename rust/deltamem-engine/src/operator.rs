@@ -29,7 +29,6 @@ use crate::device::provider::Provider;
 
 pub use self::card::examine_kernels;
 pub(crate) use self::card::prepare;
-pub use self::device_layer::EMULATED_CARD;
 
 /// The domain that the operator stands in.
 const DOMAIN: &str = "deltamem";

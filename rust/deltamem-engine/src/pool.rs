@@ -691,14 +691,14 @@ impl KvPool {
     /// Wipes what was written in a slot. On a device that is done when its turn has left it ([`Slot::leave`]); what rides along later writes the first
     /// row only, which the next turn writes before it reads it.
     fn wipe(&mut self, place: Place) -> Result<()> {
+        if self.home.is_some() {
+            return Ok(());
+        }
         let (row, heads, start) = (
             self.row(),
             self.layout.heads,
             place.slot * self.slot_bytes(place.block),
         );
-        if self.home.is_some() {
-            return Ok(());
-        }
         let block = &mut self.blocks[place.block];
         let (rows, used) = (block.capacity, block.slots[place.slot].written);
         Buffer::wipe(&mut block.buffers, Groups { start, rows }, heads, used, row)?;

@@ -7,10 +7,12 @@ use std::sync::Arc;
 use deltamem_core::{Gates, UpdateMode};
 use deltamem_cuda::{Element, Kernels, Machine, Sizes};
 
-use super::EMULATED_CARD;
 use crate::bundle::Manifest;
 use crate::device::provider::Provider;
 use crate::error::{EngineError, Result};
+
+/// Where the processor plays the card, the library that plays the driver and NVRTC: for tests. It is not looked at otherwise.
+const EMULATED_CARD: &str = "DELTAMEM_EMULATED_CARD";
 
 /// What a card with kernels for a bundle's layers is held by until the graph's nodes have them.
 #[derive(Debug)]

@@ -17,9 +17,6 @@ use super::{
 };
 use crate::device::provider::{CUDA, Provider};
 
-/// Where the processor plays the card, the library that plays the driver and NVRTC: for tests. It is not looked at otherwise.
-pub const EMULATED_CARD: &str = "DELTAMEM_EMULATED_CARD";
-
 const INPUTS: usize = DELTA_O_NORM + 1;
 const WORK: usize = OUTPUT_O + 1;
 const OUTPUTS: usize = WORK + 1;

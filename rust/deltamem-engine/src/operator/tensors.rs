@@ -30,11 +30,7 @@ impl<'a> Input<'a> {
     }
 
     pub(super) fn expect(self, shape: &[usize]) -> Result<Self, String> {
-        if self.shape() == shape {
-            Ok(self)
-        } else {
-            Err(format!("{} is {:?}, expected {shape:?}", self.name, self.shape()))
-        }
+        same_shape(self.name, self.shape(), shape).map(|()| self)
     }
 }
 
@@ -59,11 +55,7 @@ impl Placed {
     }
 
     pub(super) fn expect(self, shape: &[usize]) -> Result<Self, String> {
-        if self.shape() == shape {
-            Ok(self)
-        } else {
-            Err(format!("{} is {:?}, expected {shape:?}", self.name, self.shape()))
-        }
+        same_shape(self.name, self.shape(), shape).map(|()| self)
     }
 
     /// The same for a constant, of which the numbers count and not how they are laid out.
@@ -212,6 +204,14 @@ impl<'a> Tensors<'a> {
                 &raw.sizes[..raw.dims]
             ))
         }
+    }
+}
+
+fn same_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<(), String> {
+    if found == expected {
+        Ok(())
+    } else {
+        Err(format!("{name} is {found:?}, expected {expected:?}"))
     }
 }
 
